@@ -1,0 +1,1 @@
+"""How models become small, and how they run. Knows neither Django nor Celery."""

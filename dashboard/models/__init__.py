@@ -1,0 +1,33 @@
+"""The tables: what people see, decide and remember. Postgres is the truth; everything else only wakes or computes."""
+
+from dashboard.models.accounts import User
+from dashboard.models.evaluations import Evaluation, SampleSet
+from dashboard.models.jobs import Attempt, Job, LogLine, Step, Worker
+from dashboard.models.registry import Artifact, Checkpoint
+from dashboard.models.releases import (
+    Approval,
+    Deployment,
+    Environment,
+    Policy,
+    RollbackCertificate,
+    ServerReport,
+)
+
+__all__ = [
+    "Approval",
+    "Artifact",
+    "Attempt",
+    "Checkpoint",
+    "Deployment",
+    "Environment",
+    "Evaluation",
+    "Job",
+    "LogLine",
+    "Policy",
+    "RollbackCertificate",
+    "SampleSet",
+    "ServerReport",
+    "Step",
+    "User",
+    "Worker",
+]

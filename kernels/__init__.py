@@ -1,0 +1,1 @@
+"""Fast matrix code that knows nothing of ours."""
