@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,12 +94,11 @@ class Store:
                     file.flush()
                     os.fsync(file.fileno())
             target = self.path(blob.finish())
-            if target.exists():
-                return
             with _room():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.chmod(temporary, 0o444)
-                os.rename(temporary, target)
+                # Also over a blob that is there: what the disk damaged is whole again when it is written again.
+                os.replace(temporary, target)
                 _fsync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -116,6 +115,22 @@ class Store:
             while chunk := source.read(CHUNK):
                 blob.write(chunk)
         return blob.digest
+
+    def link(self, digest: str, file: Path) -> None:
+        """Show the file at ``file``, hashed by the caller, as the blob ``digest``, without a copy.
+
+        A symbolic link, so that it works across file systems. The blob lives only as long as the file stays as it
+        is: for a store of one run, never for one that others rely on.
+        """
+        target = self.path(digest)
+        if target.is_file() and not target.is_symlink():
+            return  # a copy of its own is better than a link
+        with _room():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=target.parent))
+            os.symlink(file.absolute(), temporary / digest)
+            os.replace(temporary / digest, target)
+            temporary.rmdir()
 
     def read_bytes(self, digest: str) -> bytes:
         """The blob's bytes, re-hashed. Raises :class:`CompressionError` when missing or damaged."""
@@ -164,6 +179,20 @@ class Store:
         if not folder.is_dir():
             raise OSError(f"could not make the view {folder}")
         return folder
+
+    def remove(self, digests: Collection[str]) -> int:
+        """Delete blobs, and the views that show one of them. Returns the bytes freed; missing blobs count nothing."""
+        freed = 0
+        for digest in digests:
+            path = self.path(digest)
+            with contextlib.suppress(FileNotFoundError):
+                size = path.stat().st_size
+                path.unlink()
+                freed += size
+        for view in self._views.glob("*"):
+            if any(link.is_symlink() and not link.exists() for link in view.iterdir()):
+                shutil.rmtree(view, ignore_errors=True)
+        return freed
 
     def free_bytes(self) -> int:
         self.root.mkdir(parents=True, exist_ok=True)
