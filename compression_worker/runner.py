@@ -155,6 +155,8 @@ def resolve_inputs(inputs: Mapping[str, str], outputs: Sequence[str]) -> dict[st
 def prepare_torch() -> None:
     """Make torch compute the same bytes each time on one machine: a fixed number of threads, deterministic kernels."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Threads that wait spin by default; where others want the cores too, that costs most of the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))

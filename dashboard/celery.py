@@ -8,6 +8,8 @@ from celery import Celery
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "dashboard.settings")
 
+RECONCILE_SECONDS = 5.0
+
 app = Celery("deltaworks")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.conf.update(
@@ -19,7 +21,14 @@ app.conf.update(
     broker_connection_max_retries=None,
     broker_transport_options={"socket_timeout": 5, "socket_connect_timeout": 5, "retry_on_timeout": True},
     task_default_queue="cpu",
-    beat_schedule={"reconcile": {"task": "dashboard.tasks.reconcile", "schedule": 15.0}},
+    # A reconcile message that waits behind a long wake expires: the worker reconciles from inside that wake, too.
+    beat_schedule={
+        "reconcile": {
+            "task": "dashboard.tasks.reconcile",
+            "schedule": RECONCILE_SECONDS,
+            "options": {"expires": 3 * RECONCILE_SECONDS},
+        }
+    },
     worker_hijack_root_logger=False,
 )
 app.autodiscover_tasks()

@@ -99,6 +99,7 @@ class ApprovalState(TextChoices):
     APPROVED = "approved", _("Approved")
     REJECTED = "rejected", _("Rejected")
     REVOKED = "revoked", _("Revoked")  # a manager took the approval back
+    EXPIRED = "expired", _("Expired")  # nobody decided in time: it may be asked again
 
 
 class Role(TextChoices):
@@ -119,7 +120,9 @@ JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
         {JobState.VERIFYING, JobState.QUEUED, JobState.BLOCKED, JobState.FAILED, JobState.CANCELLED, JobState.DEAD}
     ),
     JobState.VERIFYING: frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.DEAD, JobState.CANCELLED}),
-    JobState.BLOCKED: frozenset({JobState.QUEUED, JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+    JobState.BLOCKED: frozenset(
+        {JobState.QUEUED, JobState.RUNNING, JobState.FAILED, JobState.CANCELLED, JobState.DEAD}
+    ),
 }
 
 DEPLOYMENT_TRANSITIONS: dict[DeploymentState, frozenset[DeploymentState]] = {
@@ -128,7 +131,8 @@ DEPLOYMENT_TRANSITIONS: dict[DeploymentState, frozenset[DeploymentState]] = {
         {DeploymentState.LIVE, DeploymentState.REFUSED, DeploymentState.SUPERSEDED, DeploymentState.ROLLED_BACK}
     ),
     DeploymentState.LIVE: frozenset({DeploymentState.SUPERSEDED, DeploymentState.ROLLED_BACK, DeploymentState.REFUSED}),
-    DeploymentState.REFUSED: frozenset({DeploymentState.SUPERSEDED, DeploymentState.ROLLED_BACK}),
+    # A server that refused may load it after all, once its disk or its memory is put right.
+    DeploymentState.REFUSED: frozenset({DeploymentState.LIVE, DeploymentState.SUPERSEDED, DeploymentState.ROLLED_BACK}),
 }
 
 

@@ -25,11 +25,13 @@ RULES: dict[str, frozenset[Role]] = {
     "job.cancel": frozenset({Role.ENGINEER, Role.OPS, Role.ADMIN}),
     "set.upload": frozenset({Role.ENGINEER, Role.ADMIN}),
     "approval.request": frozenset({Role.ENGINEER}),
+    "rehearsal.create": frozenset({Role.ENGINEER, Role.OPS, Role.ADMIN}),
     "approval.decide": frozenset({Role.MANAGER}),
     "deploy.deploy": frozenset({Role.OPS}),
     "deploy.rollback": frozenset({Role.OPS, Role.ADMIN}),
     "artifact.retire": frozenset({Role.ENGINEER, Role.ADMIN}),
     "policy.change": frozenset({Role.ADMIN}),
+    "environment.create": frozenset({Role.ADMIN}),
     "users.manage": frozenset({Role.ADMIN}),
     "demo.remove": frozenset({Role.ADMIN}),
 }

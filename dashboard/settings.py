@@ -23,6 +23,12 @@ IMPORT_ROOTS = env.dict("IMPORT_ROOTS", default={})
 """Folders that an import may read, by name: ``IMPORT_ROOTS=models=/srv/models,demo=/srv/demo``."""
 LEASE_SECONDS = env.int("LEASE_SECONDS", default=60)
 HEARTBEAT_SECONDS = env.int("HEARTBEAT_SECONDS", default=15)
+RETRY_SECONDS = env.int("RETRY_SECONDS", default=5)
+"""The pause before a step that broke is tried again, times how often it broke."""
+RESUME_FREE_BYTES = env.int("RESUME_FREE_BYTES", default=256_000_000)
+"""A job that waits for room on the disk goes on when so much is free."""
+STEP_DEVICE = env.str("STEP_DEVICE", default="auto")
+"""Where steps compute: cpu, cuda, or auto (cuda where there is one)."""
 STEP_MEMORY_LIMIT_MB = env.int("STEP_MEMORY_LIMIT_MB", default=0)
 """Address-space limit of a computing child in MB; 0 means none."""
 APPROVAL_REQUEST_DAYS = env.int("APPROVAL_REQUEST_DAYS", default=7)
@@ -81,6 +87,7 @@ TEMPLATES = [
 ]
 
 DATABASES = {"default": {**env.db_url("DATABASE_URL"), "CONN_HEALTH_CHECKS": True, "CONN_MAX_AGE": 60}}
+DATABASES["default"].setdefault("OPTIONS", {}).setdefault("connect_timeout", 5)
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 AUTH_USER_MODEL = "dashboard.User"
 AUTH_PASSWORD_VALIDATORS = [
@@ -88,6 +95,7 @@ AUTH_PASSWORD_VALIDATORS = [
     {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator", "OPTIONS": {"min_length": 10}},
     {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
 ]
+CSRF_FAILURE_VIEW = "dashboard.views.errors.csrf_failure"
 LOGIN_URL = "sign-in"
 LOGIN_REDIRECT_URL = "overview"
 LOGOUT_REDIRECT_URL = "sign-in"
@@ -139,7 +147,7 @@ PGHISTORY_APPEND_ONLY = True
 PGHISTORY_DEFAULT_TRACKERS: list[object] = []
 
 CELERY_BROKER_URL = env.str("CELERY_BROKER_URL", default="")
-CELERY_QUEUES = env.list("CELERY_QUEUES", default=["cpu"])
+WORKER_QUEUES = env.list("WORKER_QUEUES", default=["cpu"])
 
 LOGGING = {
     "version": 1,

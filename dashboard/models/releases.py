@@ -70,9 +70,11 @@ class Approval(models.Model):
             ),
             models.CheckConstraint(
                 condition=models.Q(state=ApprovalState.PENDING, decided_by__isnull=True)
-                | (
-                    ~models.Q(state=ApprovalState.PENDING)
-                    & models.Q(decided_by__isnull=False, decided_at__isnull=False)
+                | models.Q(state=ApprovalState.EXPIRED, decided_by__isnull=True)
+                | models.Q(
+                    state__in=[ApprovalState.APPROVED, ApprovalState.REJECTED, ApprovalState.REVOKED],
+                    decided_by__isnull=False,
+                    decided_at__isnull=False,
                 ),
                 name="approval_decided_by_somebody",
             ),
@@ -218,6 +220,7 @@ class ServerReport(models.Model):
     server = models.CharField(max_length=100)
     environment = models.CharField(max_length=40)
     address = models.CharField(max_length=200, blank=True, default="")
+    wanted = models.BigIntegerField(default=0)  # the newest generation it was told of: loading, refused or answering
     generation = models.BigIntegerField(default=0)  # the generation it answers from
     digest = models.CharField(max_length=64, blank=True, default="")
     state = models.CharField(max_length=16, default="starting")  # starting | loading | serving | refused | fallback

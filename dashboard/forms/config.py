@@ -1,0 +1,59 @@
+"""Form fields made from a config dataclass: type, default, label, help and choices come from its code."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import Field, fields
+from typing import Any
+
+from django import forms
+from django.utils.translation import gettext as _
+
+from compression_worker.contracts import CompressionError
+
+LONG_TEXT = frozenset({"prompts"})
+
+
+def config_fields(config: type[Any], *, leave_out: frozenset[str] = frozenset()) -> dict[str, forms.Field]:
+    """One form field for each field of ``config``, in its order."""
+    return {one.name: _field(one) for one in fields(config) if one.init and one.name not in leave_out}
+
+
+def _field(one: Field[Any]) -> forms.Field:
+    words = one.metadata
+    common: dict[str, Any] = {
+        "label": _(words.get("label") or one.name.replace("_", " ").capitalize()),
+        "help_text": _(words["help"]) if words.get("help") else "",
+        "initial": one.default,
+        "required": one.default != "",
+    }
+    if words.get("choices"):
+        return forms.ChoiceField(choices=[(choice, choice) for choice in words["choices"]], **common)
+    match one.type:
+        case "bool":
+            return forms.BooleanField(**common | {"required": False})
+        case "int":
+            return forms.IntegerField(**common)
+        case "float":
+            return forms.FloatField(widget=forms.NumberInput(attrs={"step": "any"}), **common)
+    widget = forms.Textarea(attrs={"rows": 4}) if one.name in LONG_TEXT else forms.TextInput()
+    return forms.CharField(widget=widget, **common)
+
+
+def check_config(form: forms.Form, config: type[Any], names: set[str]) -> None:
+    """Let the dataclass judge its own values; what it refuses stands beside the field that it names."""
+    values = {name: form.cleaned_data[name] for name in names if name in form.cleaned_data}
+    if len(values) < len(names):
+        return
+    try:
+        config(**values)
+    except CompressionError as error:
+        form.add_error(_named(error.message, names), error.message)
+    except (TypeError, ValueError) as error:
+        form.add_error(_named(str(error), names), str(error))
+
+
+def _named(message: str, names: set[str]) -> str | None:
+    """The field that a message speaks of: the one it names first."""
+    places = {name: found.start() for name in names if (found := re.search(rf"\b{re.escape(name)}\b", message))}
+    return min(places, key=lambda name: places[name]) if places else None

@@ -1,0 +1,96 @@
+"""The form of a new compression job, made from the method's config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django import forms
+from django.utils.translation import gettext_lazy as _
+
+from compression_worker.catalog import METHODS
+from dashboard.forms.config import check_config, config_fields
+from dashboard.lifecycle import JobKind, JobState
+from dashboard.models import Checkpoint, Job, SampleSet
+from dashboard.selectors.evaluations import sample_set_choices
+from dashboard.selectors.jobs import STATE_FILTERS
+
+
+class MethodForm(forms.Form):
+    """What to compress, the method's own settings, and the seed."""
+
+    variant = forms.ModelChoiceField(
+        Checkpoint.objects.none(),
+        label=_("Variant"),
+        empty_label=_("choose a variant"),
+        help_text=_("The fine-tuned model to compress against its base."),
+    )
+    calibration = forms.ModelChoiceField(
+        SampleSet.objects.none(),
+        label=_("Calibration text"),
+        required=False,
+        empty_label=_("none"),
+        help_text=_("Text that the distillation reads. Use text like that of the variant's work, never the test set."),
+    )
+    seed = forms.IntegerField(
+        label=_("Seed"), initial=0, min_value=0, help_text=_("Same inputs, same seed: same bytes.")
+    )
+    priority = forms.IntegerField(
+        label=_("Priority"), initial=0, min_value=-100, max_value=100, help_text=_("Higher is claimed first.")
+    )
+
+    def __init__(self, *args: Any, method: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config = METHODS[method].config_class()
+        made = config_fields(self.config)
+        self.config_names = set(made)
+        tail = {name: self.fields.pop(name) for name in ("seed", "priority")}
+        self.fields.update(made | tail)
+        variants = Checkpoint.objects.filter(base__isnull=False).select_related("base")
+        self.fields["variant"].queryset = variants  # type: ignore[attr-defined]
+        self.fields["calibration"].queryset = sample_set_choices("text")  # type: ignore[attr-defined]
+
+    def clean(self) -> dict[str, Any]:
+        check_config(self, self.config, self.config_names)
+        values = self.cleaned_data
+        if values.get("distill_steps") and "calibration" not in self.errors and not values.get("calibration"):
+            self.add_error(
+                "calibration", _("Distillation reads text: choose a set, or set the distillation steps to 0.")
+            )
+        return values
+
+    @property
+    def config_values(self) -> dict[str, Any]:
+        return {name: self.cleaned_data[name] for name in self.fields if name in self.config_names}
+
+
+def clone_initial(job: Job) -> dict[str, Any]:
+    """What the form of ``job`` said, to start a changed copy from."""
+    spec = job.spec or {}
+    return {
+        "variant": job.variant_id,
+        "calibration": spec.get("calibration"),
+        "seed": spec.get("seed", 0),
+        "priority": job.priority,
+        **(spec.get("config") or {}),
+    }
+
+
+class JobFilterForm(forms.Form):
+    """The filters of the job list; whatever it does not know is ignored."""
+
+    q = forms.CharField(label=_("Search"), required=False, max_length=200)
+    state = forms.ChoiceField(label=_("State"), required=False)
+    kind = forms.ChoiceField(label=_("Kind"), required=False, choices=[("", _("all")), *JobKind.choices])
+    before = forms.IntegerField(required=False, widget=forms.HiddenInput, min_value=1, max_value=2**62)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        named = {"active": _("unfinished"), "finished": _("finished")}
+        choices = [(key, named.get(key) or JobState(key).label) for key in STATE_FILTERS]
+        self.fields["state"].choices = [("", _("all")), *choices]  # type: ignore[attr-defined]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The filters that are well-formed."""
+        self.is_valid()
+        return self.cleaned_data

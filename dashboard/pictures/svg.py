@@ -1,0 +1,74 @@
+"""Small, safe building blocks for pictures: escaped SVG elements, and a picture with its finding and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString, mark_safe
+
+_ids = count(1)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing, the sentence it proves, and the same figures as a table."""
+
+    title: str
+    svg: SafeString
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[object]] = ()
+    numeric: frozenset[int] = field(default_factory=frozenset)
+    wide: bool = False
+
+
+def element(name: str, *children: object, **attributes: object) -> SafeString:
+    """``<name attributes>children</name>``. ``class_`` means class; a trailing or inner underscore becomes a hyphen."""
+    pairs = ((_attribute(key), _value(value)) for key, value in attributes.items() if value is not None)
+    inner = format_html_join("", "{}", ((child,) for child in children))
+    return format_html(
+        "<{}{}>{}</{}>", mark_safe(name), format_html_join("", ' {}="{}"', pairs), inner, mark_safe(name)
+    )
+
+
+def _attribute(key: str) -> SafeString:
+    return mark_safe(key.rstrip("_").replace("_", "-") if key != "viewBox" else key)
+
+
+def _value(value: object) -> object:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+
+
+def text(x: float, y: float, words: object, *, class_: str = "", anchor: str | None = None) -> SafeString:
+    return element("text", words, x=x, y=y, class_=class_ or None, text_anchor=anchor)
+
+
+def rect(x: float, y: float, width: float, height: float, *, class_: str, hover: str = "") -> SafeString:
+    inside = [element("title", hover)] if hover else []
+    return element("rect", *inside, x=x, y=y, width=max(width, 0.0), height=max(height, 0.0), class_=class_)
+
+
+def line(x1: float, y1: float, x2: float, y2: float, *, class_: str) -> SafeString:
+    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
+
+
+def drawing(title: str, width: float, height: float, children: Iterable[object]) -> SafeString:
+    """An ``<svg role=img>`` that a screen reader announces by its title."""
+    name = f"picture-{next(_ids)}"
+    return element(
+        "svg",
+        element("title", title, id=name),
+        *children,
+        viewBox=f"0 0 {width:g} {height:g}",
+        width=f"{width:g}",
+        height=f"{height:g}",
+        role="img",
+        aria_labelledby=name,
+        class_="drawing",
+    )
+
+
+def link(href: str, *children: object) -> SafeString:
+    return element("a", *children, href=href)

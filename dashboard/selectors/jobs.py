@@ -1,0 +1,236 @@
+"""Jobs as pages show them: progress counted from steps, time left from measured rates, the timeline, the log."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from django.db.models import Count, Max, Q, QuerySet
+from django.utils import timezone
+
+from dashboard.lifecycle import (
+    ACTIVE_JOB_STATES,
+    TERMINAL_JOB_STATES,
+    AttemptOutcome,
+    JobState,
+    StepState,
+)
+from dashboard.models import Attempt, Job, LogLine, Step
+from dashboard.pictures import Bar, Column
+
+PAGE = 30
+STATE_FILTERS: dict[str, frozenset[JobState]] = {
+    "active": ACTIVE_JOB_STATES,
+    "finished": TERMINAL_JOB_STATES,
+    **{state.value: frozenset({state}) for state in JobState if state != JobState.DRAFT},
+}
+
+
+def job_list(
+    *, state: str = "", kind: str = "", query: str = "", before: int | None = None, limit: int = PAGE
+) -> list[Job]:
+    """One page of jobs, newest first, by keyset: ``before`` is the last number of the page above."""
+    jobs = _counted(Job.objects.exclude(state=JobState.DRAFT))
+    if state in STATE_FILTERS:
+        jobs = jobs.filter(state__in=STATE_FILTERS[state])
+    if kind:
+        jobs = jobs.filter(kind=kind)
+    if query:
+        jobs = jobs.filter(_matches(query))
+    if before is not None:
+        jobs = jobs.filter(pk__lt=before)
+    return list(jobs.order_by("-pk")[:limit])
+
+
+def _matches(query: str) -> Q:
+    number = query.lstrip("#")
+    matches = Q(title__icontains=query) | Q(created_by__username__iexact=query)
+    return matches | Q(pk=int(number)) if number.isascii() and number.isdigit() and len(number) < 18 else matches
+
+
+def _counted(jobs: QuerySet[Job]) -> QuerySet[Job]:
+    return jobs.select_related("created_by", "variant").annotate(
+        steps_total=Count("steps"), steps_done=Count("steps", filter=Q(steps__state=StepState.DONE))
+    )
+
+
+def jobs_active(limit: int = 20) -> list[Job]:
+    jobs = _counted(Job.objects.filter(state__in=ACTIVE_JOB_STATES))
+    return list(jobs.order_by("-priority", "pk")[:limit])
+
+
+def jobs_in_trouble(limit: int = 10) -> list[Job]:
+    """Jobs that said no or died and that nobody has tried again since."""
+    jobs = Job.objects.filter(state__in=[JobState.FAILED, JobState.DEAD], clones__isnull=True)
+    return list(jobs.select_related("created_by", "variant").order_by("-pk")[:limit])
+
+
+def jobs_version(jobs: Iterable[Job]) -> tuple[object, ...]:
+    """Changes whenever a row of the list would look different."""
+    return tuple((job.pk, job.state, job.cancel_requested, getattr(job, "steps_done", 0)) for job in jobs)
+
+
+def job_get(pk: int) -> Job:
+    return Job.objects.select_related("created_by", "variant", "cloned_from").get(pk=pk)
+
+
+def job_steps(job: Job) -> list[Step]:
+    """The steps with their attempts, in two queries."""
+    return list(job.steps.order_by("index").prefetch_related("attempts"))
+
+
+def job_version(job: Job) -> tuple[object, ...]:
+    """Changes whenever the job's page would look different: read before anything is rendered."""
+    seen = job.steps.aggregate(
+        total=Count("pk"),
+        done=Count("pk", filter=Q(state=StepState.DONE)),
+        progress=Max("progress_at"),
+        claims=Max("attempt"),
+    )
+    log = job.log_lines.aggregate(last=Max("pk"))
+    clock = "" if job.is_terminal else int(timezone.now().timestamp()) // 10  # elapsed time goes on by itself
+    return (job.pk, job.state, job.cancel_requested, job.blocked_reason, *seen.values(), log["last"], clock)
+
+
+@dataclass(frozen=True)
+class GroupProgress:
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is. ``left`` counts only steps of kinds that this job has timed; ``unmeasured`` the others."""
+
+    done: int
+    total: int
+    groups: list[GroupProgress]
+    current: Step | None
+    group: GroupProgress | None
+    elapsed: float | None
+    left: float | None
+    unmeasured: int
+
+    @property
+    def percent(self) -> int:
+        return int(100 * self.done / self.total) if self.total else 0
+
+
+def job_progress(job: Job, steps: Sequence[Step]) -> Progress:
+    """``steps`` in order, as :func:`job_steps` gives them."""
+    groups = _groups(steps)
+    current = next((step for step in steps if step.state == StepState.RUNNING), None)
+    upcoming = current or next((step for step in steps if step.state != StepState.DONE), None)
+    group = next((one for one in groups if upcoming is not None and one.name == upcoming.group), None)
+    left, unmeasured = _time_left(steps)
+    end = job.finished_at or timezone.now()
+    return Progress(
+        done=sum(step.state == StepState.DONE for step in steps),
+        total=len(steps),
+        groups=groups,
+        current=current,
+        group=group or (groups[-1] if groups else None),
+        elapsed=(end - job.started_at).total_seconds() if job.started_at else None,
+        left=None if job.is_terminal else left,
+        unmeasured=unmeasured,
+    )
+
+
+def _groups(steps: Sequence[Step]) -> list[GroupProgress]:
+    counts: dict[str, list[int]] = {}
+    for step in steps:
+        if step.group:
+            count = counts.setdefault(step.group, [0, 0])
+            count[0] += step.state == StepState.DONE
+            count[1] += 1
+    return [GroupProgress(name, done, total) for name, (done, total) in counts.items()]
+
+
+def _time_left(steps: Sequence[Step]) -> tuple[float | None, int]:
+    """Seconds left at the rate measured in this very job, and how many steps have no rate yet."""
+    rates = _rates(steps)
+    left, unmeasured = 0.0, 0
+    for step in steps:
+        if step.state in (StepState.DONE, StepState.FAILED, StepState.CANCELLED, StepState.DEAD):
+            continue
+        rate = rates.get(step.kind)
+        if rate is None:
+            unmeasured += 1
+        else:
+            spent = (timezone.now() - step.started_at).total_seconds() if _is_running(step) and step.started_at else 0
+            left += max(0.0, rate - spent)
+    return (left if rates and left > 0 else None), unmeasured
+
+
+def _is_running(step: Step) -> bool:
+    return step.state == StepState.RUNNING
+
+
+def _rates(steps: Iterable[Step]) -> dict[str, float]:
+    """Mean seconds a step by kind, over the finished steps that were computed and not reused."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for step in steps:
+        if step.state == StepState.DONE and not step.reused and step.started_at and step.finished_at:
+            times[step.kind].append((step.finished_at - step.started_at).total_seconds())
+    return {kind: sum(values) / len(values) for kind, values in times.items()}
+
+
+def timeline_columns(steps: Sequence[Step]) -> list[Column]:
+    now = timezone.now()
+    return [
+        Column(
+            index=step.index,
+            name=step.name,
+            group=step.group,
+            state=StepState(step.state),
+            reused=step.reused,
+            bars=tuple(_bar(attempt, now) for attempt in step.attempts.all()),
+        )
+        for step in steps
+    ]
+
+
+def _bar(attempt: Attempt, now: datetime) -> Bar:
+    return Bar(
+        number=attempt.number,
+        worker=attempt.worker,
+        outcome=AttemptOutcome(attempt.outcome),
+        seconds=max(0.0, ((attempt.finished_at or now) - attempt.started_at).total_seconds()),
+        detail=attempt.detail.strip().splitlines()[-1][:200] if attempt.detail.strip() else "",
+    )
+
+
+def log_tail(job: Job, limit: int = 15) -> list[LogLine]:
+    return list(reversed(job.log_lines.order_by("-pk")[:limit]))
+
+
+def log_page(job: Job, *, query: str = "", before: int | None = None, limit: int = 500) -> list[LogLine]:
+    """The latest lines, oldest first; ``before`` (a line's number) goes further back."""
+    lines = job.log_lines.order_by("-pk")
+    if query:
+        lines = lines.filter(text__icontains=query)
+    if before is not None:
+        lines = lines.filter(pk__lt=before)
+    return list(reversed(lines[:limit]))
+
+
+def matrix_errors_so_far(steps: Sequence[Step]) -> dict[str, float]:
+    """Relative error of each matrix of the finished layers, with its initial scale: ``|D - scale * S| / |D|``."""
+    found: dict[str, float] = {}
+    for step in steps:
+        linears = step.data.get("linears") if step.state == StepState.DONE else None
+        for name, line in (linears or {}).items():
+            elements = line["linear"]["outputs"] * line["linear"]["inputs"]
+            kept = line["sum_abs"] ** 2 / (elements * line["sum_squares"]) if line["sum_squares"] else 1.0
+            found[name] = math.sqrt(max(0.0, 1.0 - kept))
+    return found
+
+
+def losses_so_far(steps: Sequence[Step]) -> list[float]:
+    """The distillation's loss curve, from the latest finished part of it."""
+    curves = [step.data["curve"]["losses"] for step in steps if step.state == StepState.DONE and "curve" in step.data]
+    return [float(loss) for loss in max(curves, key=len)] if curves else []

@@ -1,0 +1,234 @@
+"""Checkpoints with what was made from them: lists, the lineage tree, and how good each artifact measured."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from django.db.models import Count, QuerySet
+from django.urls import reverse
+from django.utils.translation import gettext as _
+
+from compression_worker.catalog import METHODS
+from dashboard.glossary import metric_label
+from dashboard.lifecycle import ACTIVE_JOB_STATES, ArtifactState, JobKind, JobState
+from dashboard.models import Artifact, Checkpoint, Environment, Evaluation, Job
+from dashboard.pictures import Node, Point
+
+QUALITIES = ("perplexity", "choice_accuracy", "kl_divergence")
+"""Which metric the quality picture shows: the first of these that was measured."""
+
+
+def checkpoint_list(query: str = "") -> QuerySet[Checkpoint]:
+    """Bases with their variants beneath them."""
+    checkpoints = Checkpoint.objects.select_related("base").annotate(
+        artifact_count=Count("artifacts", distinct=True), variant_count=Count("variants", distinct=True)
+    )
+    return checkpoints.filter(name__icontains=query) if query else checkpoints
+
+
+def checkpoint_tree(query: str = "") -> list[Checkpoint]:
+    """The same, ordered as a family: each base is followed by its variants (``depth`` 0 and 1 and so on)."""
+    children: dict[int | None, list[Checkpoint]] = defaultdict(list)
+    checkpoints = list(checkpoint_list(query))
+    known = {one.pk for one in checkpoints}
+    for one in checkpoints:
+        children[one.base_id if one.base_id in known else None].append(one)
+    ordered: list[Checkpoint] = []
+
+    def walk(parent: int | None, depth: int) -> None:
+        for one in children[parent]:
+            one.depth = depth  # type: ignore[attr-defined]
+            ordered.append(one)
+            walk(one.pk, depth + 1)
+
+    walk(None, 0)
+    return ordered
+
+
+def checkpoint_get(name: str) -> Checkpoint:
+    return Checkpoint.objects.select_related("base", "job", "created_by").get(name=name)
+
+
+def imports_running() -> QuerySet[Job]:
+    return Job.objects.filter(kind=JobKind.IMPORT, state__in=ACTIVE_JOB_STATES)
+
+
+@dataclass(frozen=True)
+class ArtifactRow:
+    """An artifact beside its latest evaluation, approvals and places."""
+
+    artifact: Artifact
+    evaluation: Evaluation | None
+    metric: Mapping[str, Any] | None
+    environments: list[str]
+
+
+def artifact_rows(variant: Checkpoint) -> list[ArtifactRow]:
+    """The artifacts of ``variant``, newest first, in three queries."""
+    artifacts = list(variant.artifacts.select_related("job").order_by("-created_at"))
+    evaluations = latest_evaluations(one.pk for one in artifacts)
+    places = _environments_by_artifact()
+    return [
+        ArtifactRow(one, found, quality_metric(found.results) if found else None, places.get(one.pk, []))
+        for one in artifacts
+        for found in [evaluations.get(one.pk)]
+    ]
+
+
+def latest_evaluations(artifact_ids: Iterable[int]) -> dict[int, Evaluation]:
+    """The newest evaluation of each artifact."""
+    found: dict[int, Evaluation] = {}
+    for one in Evaluation.objects.filter(artifact_id__in=list(artifact_ids)).order_by("created_at"):
+        if one.artifact_id is not None:
+            found[one.artifact_id] = one
+    return found
+
+
+def quality_metric(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    metrics: dict[str, Mapping[str, Any]] = {metric["name"]: metric for metric in results.get("metrics", [])}
+    return next((metrics[name] for name in QUALITIES if name in metrics), None)
+
+
+def _environments_by_artifact() -> dict[int, list[str]]:
+    places: dict[int, list[str]] = defaultdict(list)
+    for one in Environment.objects.filter(active__artifact__isnull=False).select_related("active"):
+        if one.active and one.active.artifact_id:
+            places[one.active.artifact_id].append(one.name)
+    return places
+
+
+def quality_points(variant: Checkpoint, rows: Iterable[ArtifactRow]) -> tuple[list[Point], str, bool]:
+    """Points for the size-quality picture: each evaluated artifact, and the variant itself."""
+    measured = [row for row in rows if row.metric and "compressed" in row.metric["values"]]
+    if not measured or measured[0].metric is None:
+        return [], "", False
+    name = measured[0].metric["name"]
+    points = [
+        Point(
+            label=row.artifact.name,
+            family=row.artifact.method,
+            size_bytes=row.artifact.artifact_bytes,
+            href=reverse("artifact-detail", args=[row.artifact.pk]),
+            **_value(row.metric["values"]["compressed"]),
+        )
+        for row in measured
+        if row.metric and row.metric["name"] == name
+    ]
+    full = measured[0].metric["values"].get("variant")
+    if full:
+        label, family = _("full precision"), _("full precision")
+        points.insert(0, Point(label=label, family=family, size_bytes=variant.size_bytes, **_value(full)))
+    return points, metric_label(name), bool(measured[0].metric["higher_is_better"])
+
+
+def _value(value: Mapping[str, Any]) -> dict[str, float]:
+    middle = float(value["value"])
+    low, high = value.get("low"), value.get("high")
+    return {
+        "value": middle,
+        "low": middle if low is None else float(low),
+        "high": middle if high is None else float(high),
+    }
+
+
+def lineage(checkpoint: Checkpoint) -> Node:
+    """The whole family of ``checkpoint``: from its root down to the environments that serve it."""
+    root = checkpoint
+    while root.base is not None:
+        root = root.base
+    served: dict[int, list[Environment]] = defaultdict(list)
+    served_full: dict[int, list[Environment]] = defaultdict(list)
+    for one in Environment.objects.filter(active__isnull=False).select_related("active"):
+        if one.active and one.active.artifact_id:
+            served[one.active.artifact_id].append(one)
+        elif one.active:
+            served_full[one.active.variant_id].append(one)
+    return _node(root, checkpoint, served, served_full)
+
+
+def _node(
+    one: Checkpoint,
+    here: Checkpoint,
+    served: Mapping[int, list[Environment]],
+    served_full: Mapping[int, list[Environment]],
+) -> Node:
+    artifacts = one.artifacts.filter(state=ArtifactState.PUBLISHED).order_by("created_at")
+    children = [
+        *(_node(variant, here, served, served_full) for variant in one.variants.order_by("name")),
+        *(
+            Node(
+                label=artifact.name,
+                kind=method_label(artifact.method),
+                href=reverse("artifact-detail", args=[artifact.pk]),
+                size_bytes=artifact.artifact_bytes,
+                children=tuple(_place(place) for place in served.get(artifact.pk, [])),
+            )
+            for artifact in artifacts
+        ),
+        *(_place(place) for place in served_full.get(one.pk, [])),
+    ]
+    return Node(
+        label=one.name,
+        kind=_("base model") if one.base_id is None else _("variant"),
+        href=reverse("checkpoint-detail", args=[one.name]),
+        size_bytes=one.size_bytes,
+        children=tuple(children),
+        is_here=one.pk == here.pk,
+    )
+
+
+def _place(environment: Environment) -> Node:
+    label = _("generation %(number)s") % {"number": environment.generation}
+    return Node(environment.name, label, reverse("environment-detail", args=[environment.name]))
+
+
+def method_label(name: str) -> str:
+    return METHODS[name].label if name in METHODS else name
+
+
+def artifact_get(pk: int) -> Artifact:
+    return Artifact.objects.select_related("variant", "base", "job__created_by").get(pk=pk)
+
+
+def matrix_errors(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Matrix name -> relative error, from an artifact's figures."""
+    return {
+        str(entry["name"]): float(entry["relative_error"])
+        for entry in figures.get("matrices") or []
+        if entry.get("relative_error") is not None
+    }
+
+
+def distillation_losses(figures: Mapping[str, Any]) -> list[float]:
+    """The loss before each training step of the distillation; empty without one."""
+    return [float(loss) for loss in (figures.get("distillation") or {}).get("losses") or []]
+
+
+def saved_bytes() -> tuple[int, int]:
+    """Bytes that published artifacts stand for, and bytes that they take."""
+    before = after = 0
+    for one in Artifact.objects.filter(state=ArtifactState.PUBLISHED).only("source_bytes", "artifact_bytes"):
+        before, after = before + one.source_bytes, after + one.artifact_bytes
+    return before, after
+
+
+def search_everything(query: str, limit: int = 20) -> dict[str, list[Any]]:
+    """Checkpoints, artifacts and jobs whose name has ``query`` in it (or whose number or digest it is)."""
+    if not query:
+        return {"checkpoints": [], "artifacts": [], "jobs": []}
+    number = query.lstrip("#")
+    jobs = Job.objects.filter(title__icontains=query)
+    if number.isascii() and number.isdigit() and len(number) < 18:
+        jobs = jobs | Job.objects.filter(pk=int(number))
+    return {
+        "checkpoints": list((Checkpoint.objects.filter(name__icontains=query) | _by_digest(Checkpoint, query))[:limit]),
+        "artifacts": list((Artifact.objects.filter(name__icontains=query) | _by_digest(Artifact, query))[:limit]),
+        "jobs": list(jobs.select_related("created_by").exclude(state=JobState.DRAFT)[:limit]),
+    }
+
+
+def _by_digest(model: Any, query: str) -> Any:
+    return model.objects.filter(digest__startswith=query.lower()) if len(query) >= 6 else model.objects.none()

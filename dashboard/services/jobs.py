@@ -1,0 +1,144 @@
+"""Jobs as people see them: asked for, stopped, killed, tried again. What a worker does is in ``services.steps``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from django.utils.translation import gettext as _
+
+from compression_worker import catalog
+from compression_worker.contracts import CompressionError, PlannedStep
+from dashboard.lifecycle import CancelRequest, JobKind, JobState, Refused, StepState
+from dashboard.models import Checkpoint, Job, SampleSet, User
+from dashboard.services.endings import job_end
+from dashboard.services.ordering import job_order, unique_seed
+from dashboard.services.registry import check_import_name
+from dashboard.services.units import authorise, recorded, unit_of_work
+
+SMALLINT = 32_767
+BIGINT = 2**63 - 1
+REDONE_KINDS = frozenset({JobKind.IMPORT, JobKind.REHEARSE})
+"""Their steps look at the world outside the store, so that a former result proves nothing."""
+
+
+@unit_of_work
+def compression_create(
+    *,
+    actor: User,
+    method: str,
+    variant: Checkpoint,
+    config: dict[str, Any],
+    calibration: SampleSet | None = None,
+    seed: int = 0,
+    priority: int = 0,
+    cloned_from: Job | None = None,
+) -> Job:
+    """Queue a compression of ``variant`` against its base. ``config``: fields of the method's config class."""
+    actor = authorise(actor, "job.create")
+    settled = _settled(method, config)
+    if variant.base is None:
+        raise Refused(_("'%(name)s' has no base model to take the difference from") % {"name": variant.name})
+    if calibration is not None and calibration.kind != "text":
+        raise Refused(_("'%(set)s' is not a text set") % {"set": calibration})
+    _check_numbers(seed, priority)
+    inputs = {"base": variant.base.digest, "variant": variant.digest}
+    if calibration is not None:
+        inputs["calibration"] = calibration.digest
+    title = f"{method} {variant.name}"
+    with recorded(actor=actor, reason=title):
+        return job_order(
+            actor=actor,
+            kind=JobKind.COMPRESS,
+            title=title,
+            spec={"config": settled, "calibration": calibration.pk if calibration else None, "seed": seed},
+            first=PlannedStep(
+                name="plan",
+                kind=f"{method}.plan",
+                group="plan",
+                params={"config": settled},
+                inputs=inputs,
+                seed=seed,
+            ),
+            variant=variant,
+            method=method,
+            priority=priority,
+            cloned_from=cloned_from,
+        )
+
+
+def _settled(method: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The whole configuration, defaults written out, so that a later default changes no old job."""
+    try:
+        return asdict(catalog.method(method).config_class()(**config))
+    except CompressionError as error:
+        raise Refused(error.message) from error
+    except (TypeError, ValueError) as error:
+        raise Refused(_("this configuration is not possible: %(error)s") % {"error": error}) from error
+
+
+def _check_numbers(seed: int, priority: int) -> None:
+    if not 0 <= seed <= BIGINT:
+        raise Refused(_("a seed is a number from 0 to %(most)d") % {"most": BIGINT})
+    if abs(priority) > SMALLINT:
+        raise Refused(_("a priority is a number from -%(most)d to %(most)d") % {"most": SMALLINT})
+
+
+@unit_of_work
+def job_cancel(*, actor: User, job: Job, how: CancelRequest | str) -> Job:
+    """``stop``: the running step ends and is kept; ``kill``: the child is killed. A stop can be raised to a kill."""
+    actor = authorise(actor, "job.cancel")
+    job = Job.objects.select_for_update(no_key=True).get(pk=job.pk)
+    if how not in CancelRequest.values:
+        raise Refused(_("a job is either stopped or killed"))
+    if job.is_terminal:
+        raise Refused(_("the job has ended already: %(state)s") % {"state": job.get_state_display()})
+    if job.cancel_requested in (how, CancelRequest.KILL):
+        return job
+    with recorded(actor=actor, reason=f"cancel: {how}"):
+        job.cancel_requested = how
+        job.save(update_fields=["cancel_requested"])
+        if not job.steps.filter(state=StepState.RUNNING).exists():
+            job_end(job, JobState.CANCELLED)
+    return job
+
+
+@unit_of_work
+def job_retry(*, actor: User, job: Job) -> Job:
+    """A new job with the same specification as the finished ``job``; steps with known results are reused by key."""
+    actor = authorise(actor, "job.create")
+    job = Job.objects.get(pk=job.pk)
+    if not job.is_terminal:
+        raise Refused(_("the job has not ended yet: %(state)s") % {"state": job.get_state_display()})
+    first = PlannedStep(**job.spec["first"])
+    if job.kind == JobKind.IMPORT:
+        check_import_name(job.spec["name"])
+    if job.kind in REDONE_KINDS:
+        first = PlannedStep(**(first.to_json() | {"seed": unique_seed()}))
+    with recorded(actor=actor, reason=f"again: job {job.pk}"):
+        return job_order(
+            actor=actor,
+            kind=JobKind(job.kind),
+            title=job.title,
+            spec=job.spec,
+            first=first,
+            variant=job.variant,
+            method=job.method,
+            priority=job.priority,
+            cloned_from=job,
+            is_demo=job.is_demo,
+        )
+
+
+@unit_of_work
+def job_reprioritise(*, actor: User, job: Job, priority: int) -> Job:
+    """Move an unfinished job forward (higher) or back in its queue."""
+    actor = authorise(actor, "job.create")
+    _check_numbers(0, priority)
+    job = Job.objects.select_for_update(no_key=True).get(pk=job.pk)
+    if job.is_terminal:
+        raise Refused(_("the job has ended already: %(state)s") % {"state": job.get_state_display()})
+    with recorded(actor=actor, reason=f"priority {priority}"):
+        job.priority = priority
+        job.save(update_fields=["priority"])
+    return job

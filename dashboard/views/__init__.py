@@ -1,0 +1,1 @@
+"""Doors for browsers: one page, one URL, one view; thin."""

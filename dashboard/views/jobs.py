@@ -1,0 +1,189 @@
+"""Jobs: the list, the cards of methods, the form of one method, the live page of a job, its log, its verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from django.contrib import messages
+from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
+from django.shortcuts import redirect, render
+from django.utils.translation import gettext as _
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from compression_worker.catalog import METHODS
+from dashboard.forms.jobs import JobFilterForm, MethodForm, clone_initial
+from dashboard.lifecycle import CancelRequest, JobKind, Refused
+from dashboard.models import Job
+from dashboard.permissions import rule
+from dashboard.pictures import curve_picture, strip_picture, timeline_picture
+from dashboard.selectors import jobs, outcomes, sizes
+from dashboard.services.jobs import compression_create, job_cancel, job_reprioritise, job_retry
+from dashboard.views.answers import SignedInRequest, attempt, found, live
+
+
+@rule("page.view")
+@require_GET
+def job_list(request: HttpRequest) -> HttpResponse:
+    form = JobFilterForm(request.GET)
+    values = form.values
+    query, state, kind = (values.get(name) or "" for name in ("q", "state", "kind"))
+    rows = jobs.job_list(state=state, kind=kind, query=query, before=values.get("before"), limit=jobs.PAGE + 1)
+    page = rows[: jobs.PAGE]
+    context = {
+        "form": form,
+        "jobs": page,
+        "next": page[-1].pk if len(rows) > jobs.PAGE else None,
+        "is_filtered": bool(query or state or kind),
+        "is_moving": any(not job.is_terminal for job in page),
+    }
+    return live(request, "jobs/list.html", "rows", lambda: context, jobs.jobs_version(page))
+
+
+@rule("job.create")
+@require_GET
+def job_new(request: HttpRequest) -> HttpResponse:
+    """The method cards."""
+    cards = [(name, method, sizes.typical_ratio(name)) for name, method in METHODS.items()]
+    return render(request, "jobs/new.html", {"cards": cards, "variant": request.GET.get("variant", "")})
+
+
+@rule("job.create")
+@require_http_methods(["GET", "POST"])
+def job_create(request: SignedInRequest, method: str) -> HttpResponse:
+    if method not in METHODS:
+        raise Http404(_("There is no method of that name."))
+    original = _original(request)
+    initial = clone_initial(original) if original else {"variant": request.GET.get("variant")}
+    form = MethodForm(request.POST or None, method=method, initial=initial)
+    status = 200
+    if request.method == "POST":
+        status = 422
+        if form.is_valid():
+            job, status = attempt(form, lambda: _compress(request, method, form, original))
+            if job is not None:
+                return redirect("job-detail", job.pk)
+    context = {
+        "form": form,
+        "method": METHODS[method],
+        "name": method,
+        "original": original,
+        "sizes": sizes.predictions(method),
+    }
+    return render(request, "jobs/create.html", context, status=status)
+
+
+def _original(request: HttpRequest) -> Job | None:
+    """The job that this one is a changed copy of."""
+    number = request.GET.get("from", "")
+    return Job.objects.filter(pk=int(number), kind=JobKind.COMPRESS).first() if number.isdecimal() else None
+
+
+def _compress(request: SignedInRequest, method: str, form: MethodForm, original: Job | None) -> Job:
+    values = form.cleaned_data
+    return compression_create(
+        actor=request.user,
+        method=method,
+        variant=values["variant"],
+        config=form.config_values,
+        calibration=values["calibration"],
+        seed=values["seed"],
+        priority=values["priority"],
+        cloned_from=original,
+    )
+
+
+@rule("page.view")
+@require_GET
+def job_detail(request: HttpRequest, pk: int) -> HttpResponse:
+    job = found(lambda: jobs.job_get(pk))
+
+    def context() -> dict[str, object]:
+        steps = jobs.job_steps(job)
+        progress = jobs.job_progress(job, steps)
+        return {
+            "job": job,
+            "steps": steps,
+            "progress": progress,
+            "timeline": timeline_picture(jobs.timeline_columns(steps)),
+            "strip": strip_picture(jobs.matrix_errors_so_far(steps)),
+            "curve": curve_picture(jobs.losses_so_far(steps)),
+            "log": jobs.log_tail(job),
+            "outcome": outcomes.job_outcome(job, steps),
+            "settings": outcomes.job_settings(job),
+            "changes": outcomes.clone_changes(job),
+        }
+
+    return live(request, "jobs/detail.html", "progress", context, jobs.job_version(job))
+
+
+@rule("page.view")
+@require_GET
+def job_log(request: HttpRequest, pk: int) -> HttpResponse:
+    job = found(lambda: jobs.job_get(pk))
+    query, before = request.GET.get("q", "").strip()[:200], request.GET.get("before", "")
+    lines = jobs.log_page(job, query=query, before=int(before) if before.isdecimal() and len(before) < 18 else None)
+    context = {"job": job, "lines": lines, "query": query, "earlier": lines[0].pk if len(lines) == 500 else None}
+    version = (job.state, query, before, lines[-1].pk if lines else 0)
+    return live(request, "jobs/log.html", "lines", lambda: context, version)
+
+
+@rule("page.view")
+@require_GET
+def job_log_download(request: HttpRequest, pk: int) -> StreamingHttpResponse:
+    """The whole log as plain text."""
+    job = found(lambda: jobs.job_get(pk))
+
+    def lines() -> Iterator[str]:
+        for line in job.log_lines.order_by("pk").iterator(chunk_size=1000):
+            yield f"{line.at.isoformat(timespec='milliseconds')} {line.level:<7} {line.text}\n"
+
+    response = StreamingHttpResponse(lines(), content_type="text/plain; charset=utf-8")
+    response["Content-Disposition"] = f'attachment; filename="job-{job.pk}.log.txt"'
+    return response
+
+
+@rule("job.cancel")
+@require_POST
+def job_cancel_page(request: SignedInRequest, pk: int) -> HttpResponse:
+    job = found(lambda: jobs.job_get(pk))
+    how = request.POST.get("how", "")
+    try:
+        job_cancel(actor=request.user, job=job, how=how)
+    except Refused as error:
+        messages.error(request, str(error))
+    else:
+        messages.success(request, _stopping(how))
+    return redirect("job-detail", pk)
+
+
+def _stopping(how: str) -> str:
+    if how == CancelRequest.STOP:
+        return _("The job stops after the step that is running; what is done is kept.")
+    return _("The running step is killed; the steps before it are kept.")
+
+
+@rule("job.create")
+@require_POST
+def job_retry_page(request: SignedInRequest, pk: int) -> HttpResponse:
+    job = found(lambda: jobs.job_get(pk))
+    try:
+        again = job_retry(actor=request.user, job=job)
+    except Refused as error:
+        messages.error(request, str(error))
+        return redirect("job-detail", pk)
+    messages.success(request, _("Queued again; steps that are done already are not computed twice."))
+    return redirect("job-detail", again.pk)
+
+
+@rule("job.create")
+@require_POST
+def job_priority(request: SignedInRequest, pk: int) -> HttpResponse:
+    job = found(lambda: jobs.job_get(pk))
+    text = request.POST.get("priority", "")
+    try:
+        job_reprioritise(actor=request.user, job=job, priority=int(text))
+    except ValueError:
+        messages.error(request, _("A priority is a whole number; “%(text)s” is none.") % {"text": text[:20]})
+    except Refused as error:
+        messages.error(request, str(error))
+    return redirect("job-detail", pk)

@@ -1,0 +1,84 @@
+"""One pass over a base matrix and its fine-tuned pair: the packed signs of the delta, ``sum |D|`` and ``sum D^2``.
+
+``D = W_f - W_b`` in fp32; bit = 1 unless ``D < 0``, so a zero delta counts as +1. Both matrices arrive as tiles of rows
+``(n, K)`` that stay in the cache: each is read once, compared, subtracted and packed. Sums run row by row in fp32 and
+over rows in fp64, which gives the same bits whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels.packing import words_for
+
+
+@dataclass(frozen=True)
+class SignPack:
+    """``packed (ceil(K/32), N)`` int32, and the two sums over all elements of the delta."""
+
+    packed: torch.Tensor
+    sum_abs: float
+    sum_squares: float
+
+
+def sign_pack_tiles(tiles: Iterable[tuple[torch.Tensor, torch.Tensor]], outputs: int, inputs: int) -> SignPack:
+    """Pack the delta of consecutive row tiles ``(base, finetuned)`` of an ``(outputs, inputs)`` matrix."""
+    packed = np.empty((words_for(inputs), outputs), dtype=np.int32)
+    scratch = _Scratch(inputs)
+    row, sum_abs, sum_squares = 0, 0.0, 0.0
+    for base, finetuned in tiles:
+        stop = row + base.shape[0]
+        words, absolute, squares = scratch.pack(base, finetuned)
+        packed[:, row:stop] = words.T
+        row, sum_abs, sum_squares = stop, sum_abs + absolute, sum_squares + squares
+    if row != outputs:
+        raise ValueError(f"the tiles hold {row} rows, not {outputs}")
+    return SignPack(torch.from_numpy(packed), sum_abs, sum_squares)
+
+
+def sign_pack(base: torch.Tensor, finetuned: torch.Tensor) -> SignPack:
+    """base, finetuned ``(N, K)`` of any float dtype -> their :class:`SignPack`."""
+    outputs, inputs = base.shape
+    rows = max(1, TILE_ELEMENTS // inputs)
+    tiles = ((base[i : i + rows], finetuned[i : i + rows]) for i in range(0, outputs, rows))
+    return sign_pack_tiles(tiles, outputs, inputs)
+
+
+TILE_ELEMENTS = 1 << 17
+"""Elements of a tile: two fp32 copies of it (1 MB) fit a core's second-level cache."""
+
+
+class _Scratch:
+    """Buffers used again for each tile: fresh memory for each would cost more than the arithmetic."""
+
+    def __init__(self, inputs: int) -> None:
+        self._inputs = inputs
+        self._rows = 0
+
+    def _reserve(self, rows: int) -> None:
+        if rows <= self._rows:
+            return
+        self._rows = rows
+        self._delta = torch.empty((rows, self._inputs))
+        self._base = torch.empty((rows, self._inputs))
+        self._bits = torch.empty((rows, self._inputs), dtype=torch.bool)
+        self._words = np.zeros((rows, words_for(self._inputs)), dtype="<i4")
+
+    def pack(self, base: torch.Tensor, finetuned: torch.Tensor) -> tuple[np.ndarray, float, float]:
+        rows = base.shape[0]
+        self._reserve(rows)
+        delta, other, bits = self._delta[:rows], self._base[:rows], self._bits[:rows]
+        delta.copy_(finetuned)
+        other.copy_(base)
+        torch.ge(delta, other, out=bits)
+        delta.sub_(other).abs_()
+        sum_abs = float(delta.sum(dim=1).double().sum())
+        sum_squares = float(torch.mul(delta, delta, out=other).sum(dim=1).double().sum())
+        octets = np.packbits(bits.numpy(), axis=1, bitorder="little")
+        words = self._words[:rows]
+        words.view(np.uint8)[:, : octets.shape[1]] = octets
+        return words, sum_abs, sum_squares

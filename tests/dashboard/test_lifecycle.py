@@ -1,0 +1,89 @@
+"""The state machines as pure functions: every pair of states is either a known way or a refusal."""
+
+from __future__ import annotations
+
+import pytest
+
+from dashboard.lifecycle import (
+    ATTEMPTS_PER_CAUSE,
+    DEPLOYMENT_TRANSITIONS,
+    JOB_TRANSITIONS,
+    TERMINAL_JOB_STATES,
+    AttemptOutcome,
+    DeploymentState,
+    JobState,
+    Refused,
+    StepState,
+    deployment_next,
+    job_next,
+    step_after_attempt,
+)
+
+
+@pytest.mark.parametrize("state", JobState)
+@pytest.mark.parametrize("target", JobState)
+def test_a_job_goes_only_known_ways(state: JobState, target: JobState) -> None:
+    if target in JOB_TRANSITIONS.get(state, ()):
+        assert job_next(state, target) == target
+    else:
+        with pytest.raises(Refused, match=f"{state.value} cannot become {target.value}"):
+            job_next(state, target)
+
+
+@pytest.mark.parametrize("state", sorted(TERMINAL_JOB_STATES))
+def test_nothing_leads_out_of_an_end(state: JobState) -> None:
+    assert not JOB_TRANSITIONS.get(state)
+
+
+def test_every_accepted_job_can_reach_an_end() -> None:
+    reaching = set(TERMINAL_JOB_STATES)
+    for _ in JobState:
+        reaching |= {state for state, targets in JOB_TRANSITIONS.items() if targets & reaching}
+    assert reaching == set(JobState)
+
+
+def test_only_what_was_verified_succeeds() -> None:
+    assert [state for state, targets in JOB_TRANSITIONS.items() if JobState.SUCCEEDED in targets] == [
+        JobState.VERIFYING
+    ]
+
+
+@pytest.mark.parametrize("state", DeploymentState)
+@pytest.mark.parametrize("target", DeploymentState)
+def test_a_deployment_goes_only_known_ways(state: DeploymentState, target: DeploymentState) -> None:
+    if target in DEPLOYMENT_TRANSITIONS.get(state, ()):
+        assert deployment_next(state, target) == target
+    else:
+        with pytest.raises(Refused):
+            deployment_next(state, target)
+
+
+@pytest.mark.parametrize(
+    "state", [DeploymentState.REQUESTED, DeploymentState.LOADING, DeploymentState.LIVE, DeploymentState.REFUSED]
+)
+def test_a_rollback_is_possible_from_every_state_of_what_is_active(state: DeploymentState) -> None:
+    assert deployment_next(state, DeploymentState.ROLLED_BACK) == DeploymentState.ROLLED_BACK
+
+
+@pytest.mark.parametrize("outcome", [AttemptOutcome.ERRORED, AttemptOutcome.KILLED, AttemptOutcome.LOST])
+def test_one_cause_may_strike_twice_but_not_three_times(outcome: AttemptOutcome) -> None:
+    states = [step_after_attempt(outcome, times) for times in range(1, ATTEMPTS_PER_CAUSE + 1)]
+    assert states == [StepState.WAITING, StepState.WAITING, StepState.DEAD]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state"),
+    [
+        (AttemptOutcome.DONE, StepState.DONE),
+        (AttemptOutcome.FAILED, StepState.FAILED),
+        (AttemptOutcome.CANCELLED, StepState.CANCELLED),
+        (AttemptOutcome.BLOCKED, StepState.WAITING),
+    ],
+)
+def test_other_outcomes_decide_at_once(outcome: AttemptOutcome, state: StepState) -> None:
+    assert step_after_attempt(outcome, 99) == state
+
+
+def test_a_running_attempt_decides_nothing() -> None:
+    with pytest.raises(Refused):
+        step_after_attempt(AttemptOutcome.RUNNING, 1)
