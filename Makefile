@@ -41,7 +41,8 @@ format: setup ## Format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 
 bench: setup ## Run the benchmarks (speed and memory, as ratios within one run)
-	$(BIN)/python -m pytest -q -s -o addopts="--import-mode=importlib" tests/benchmarks
+	$(BIN)/python -m tests.benchmarks.bench_bitdelta
+	$(BIN)/python tests/benchmarks/rollback.py
 
 messages: setup ## Collect the words of pages for translation and compile the catalogues
 	$(TOOL_ENV) $(BIN)/python manage.py messages

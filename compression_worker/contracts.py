@@ -41,7 +41,7 @@ def canonical_json(value: object) -> bytes:
     return text.encode()
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     """Lower-case hexadecimal SHA-256 of ``data``."""
     return hashlib.sha256(data).hexdigest()
 

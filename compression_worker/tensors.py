@@ -12,11 +12,11 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 
 from compression_worker import gate
@@ -74,10 +74,10 @@ class TensorFile:
             raise
 
     def _read_header(self, path: Path) -> tuple[int, dict[str, Entry]]:
-        size = os.fstat(self._handle).st_size
-        length = gate.header_length(path.name, os.pread(self._handle, 9, 0), size)
-        entries = parse_header(path.name, os.pread(self._handle, length, 8), size - 8 - length)
-        return 8 + length, entries
+        facts = os.fstat(self._handle)
+        length = gate.header_length(path.name, os.pread(self._handle, 9, 0), facts.st_size)
+        raw = os.pread(self._handle, length, 8)
+        return 8 + length, parse_header(path.name, raw, facts.st_size - 8 - length)
 
     def __enter__(self) -> TensorFile:
         return self
@@ -155,14 +155,16 @@ class TensorFiles:
 def checkpoint_files(checkpoint: Checkpoint) -> TensorFiles:
     """The tensors of a checkpoint in the store."""
     manifest, store = checkpoint.manifest, checkpoint.store
-    where = {
-        name: store.path(manifest["files"][tensor["file"]]["sha256"]) for name, tensor in manifest["tensors"].items()
-    }
-    return TensorFiles(where)
+    paths = {file: store.path(entry["sha256"]) for file, entry in manifest["files"].items()}
+    return TensorFiles({name: paths[tensor["file"]] for name, tensor in manifest["tensors"].items()})
 
 
+@lru_cache(maxsize=64)
 def parse_header(file: str, raw: bytes, data_size: int) -> dict[str, Entry]:
-    """The tensors that a header names, in dtypes of ours; they cover ``data_size`` bytes without a hole."""
+    """The tensors that a header names, in dtypes of ours; they cover ``data_size`` bytes without a hole.
+
+    Remembered by its bytes: each step of a job opens the same files again. Callers do not change the result.
+    """
     header = gate.parse_json(file, raw, max_objects=gate.MAX_TENSORS + 2)
     header.pop("__metadata__", None)
     entries = {name: _entry(file, name, info) for name, info in header.items()}
@@ -220,8 +222,3 @@ def write_file(
         written = sum(sink.write(chunk) for chunk in data)
         if written != spec.size:
             raise ValueError(f"tensor {name} has {written} bytes, not the {spec.size} its header says")
-
-
-def numpy_bytes(array: np.ndarray) -> memoryview:
-    """The memory of a contiguous array, as bytes."""
-    return memoryview(array.reshape(-1).view(np.uint8))

@@ -376,7 +376,9 @@ def make_world() -> SimpleNamespace:
     artifact = make_artifact(variant, job)
     evaluation = make_evaluation(artifact, text_set=text, choice_set=choice)
     approval = make_approval(evaluation, ApprovalState.APPROVED)
-    pending = make_approval(make_evaluation(make_artifact(variant, name="second try"), text_set=text))
+    pending = make_approval(
+        make_evaluation(make_artifact(variant, name="second try"), text_set=text, choice_set=choice)
+    )
     certificate = make_certificate(variant)
     production = make_environment()
     deploy(production, variant)

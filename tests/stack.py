@@ -22,13 +22,15 @@ T = TypeVar("T")
 FROM_TESTS = ("DATABASE_URL", "CELERY_BROKER_URL", "ARTIFACT_ROOT", "IMPORT_ROOTS", "SECRET_KEY", "PLAIN_STATIC")
 
 
-def until(ask: Callable[[], T], *, seconds: float, what: str, pause: float = 0.25) -> T:
-    """Ask until the answer is true; fails after ``seconds`` with the last answer."""
+def until(
+    ask: Callable[[], T], *, seconds: float, what: str, wait: Callable[[], object] = lambda: time.sleep(0.25)
+) -> T:
+    """Ask until the answer is true, with a ``wait`` in between; fails after ``seconds`` with the last answer."""
     deadline = time.monotonic() + seconds
     while not (answer := ask()):
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {seconds:.0f} s (last answer: {answer!r})")
-        time.sleep(pause)
+        wait()
     return answer
 
 

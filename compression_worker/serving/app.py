@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compression_worker.serving.generation import Piece
 
 BODY_LIMIT = 1_000_000
+DRAIN_LIMIT = 10_000_000
 
 Readiness = Callable[[], tuple[bool, Json]]
 """Whether this server answers for all that it should, and what to show of it."""
@@ -149,14 +150,22 @@ def _uncached(started: Started) -> Mapping[str, str]:
 
 
 async def _body(request: Request) -> bytes:
-    """The request's body; refused as soon as it is known to be over the limit."""
-    body = bytearray()
-    if int(request.headers.get("content-length") or 0) > BODY_LIMIT:
+    """The request's body; what is over the limit is not kept.
+
+    It is read on for a while all the same: a client that is cut off while it sends sees a broken connection and no
+    reason.
+    """
+    if int(request.headers.get("content-length") or 0) > DRAIN_LIMIT:
         raise _too_large()
+    body, size = bytearray(), 0
     async for part in request.stream():
-        body += part
-        if len(body) > BODY_LIMIT:
-            raise _too_large()
+        size += len(part)
+        if size > DRAIN_LIMIT:
+            break
+        if size <= BODY_LIMIT:
+            body += part
+    if size > BODY_LIMIT:
+        raise _too_large()
     return bytes(body)
 
 

@@ -7,7 +7,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from django import forms
-from django.utils.translation import gettext as _
+from django.utils.translation import gettext as translated
 
 from compression_worker.contracts import CompressionError
 
@@ -22,8 +22,8 @@ def config_fields(config: type[Any], *, leave_out: frozenset[str] = frozenset())
 def _field(one: Field[Any]) -> forms.Field:
     words = one.metadata
     common: dict[str, Any] = {
-        "label": _(words.get("label") or one.name.replace("_", " ").capitalize()),
-        "help_text": _(words["help"]) if words.get("help") else "",
+        "label": translated(words.get("label") or one.name.replace("_", " ").capitalize()),
+        "help_text": translated(words["help"]) if words.get("help") else "",
         "initial": one.default,
         "required": one.default != "",
     }

@@ -41,8 +41,8 @@ class SampleSetForm(forms.Form):
         help_text=gettext_lazy("Where the samples come from, and their licence."),
     )
 
-    def clean_file(self) -> UploadedFile:
-        file: UploadedFile = self.cleaned_data["file"]
+    def clean_file(self) -> UploadedFile[bytes]:
+        file: UploadedFile[bytes] = self.cleaned_data["file"]
         if (file.size or 0) > settings.UPLOAD_LIMIT_BYTES:
             raise forms.ValidationError(
                 _("The file has %(size)s; at most %(limit)s are allowed. Split it, or take fewer samples.")

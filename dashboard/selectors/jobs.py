@@ -222,8 +222,8 @@ def matrix_errors_so_far(steps: Sequence[Step]) -> dict[str, float]:
     """Relative error of each matrix of the finished layers, with its initial scale: ``|D - scale * S| / |D|``."""
     found: dict[str, float] = {}
     for step in steps:
-        linears = step.data.get("linears") if step.state == StepState.DONE else None
-        for name, line in (linears or {}).items():
+        layer_is_done = step.group == "layer" and step.state == StepState.DONE
+        for name, line in (step.data.get("linears", {}) if layer_is_done else {}).items():
             elements = line["linear"]["outputs"] * line["linear"]["inputs"]
             kept = line["sum_abs"] ** 2 / (elements * line["sum_squares"]) if line["sum_squares"] else 1.0
             found[name] = math.sqrt(max(0.0, 1.0 - kept))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from django.db.models import BooleanField, Case, Exists, ExpressionWrapper, F, OuterRef, Q, QuerySet, Value, When
+from django.db.models import BooleanField, Case, Exists, F, OuterRef, Q, QuerySet, Value, When
 from django.utils import timezone
 from django.utils.translation import gettext as _
 
@@ -61,7 +61,8 @@ def approval_list(state: str = "", limit: int = 100) -> list[Approval]:
     return list((found.filter(state=state) if state else found)[:limit])
 
 
-def _holds() -> ExpressionWrapper[Q]:
+def _holds() -> Case:
+    """Exactly the reasons that :func:`approval_problems` names, as one condition."""
     rolled_back = Deployment.objects.filter(
         kind=DeploymentKind.ROLLBACK,
         replaces__artifact=OuterRef("artifact"),
@@ -76,7 +77,12 @@ def _holds() -> ExpressionWrapper[Q]:
         policy__digest=F("policy_digest"),
         expires_at__gt=timezone.now(),
     )
-    return ExpressionWrapper(unchanged & ~Exists(rolled_back), output_field=BooleanField())
+    return Case(
+        When(Exists(rolled_back), then=Value(False)),
+        When(unchanged, then=Value(True)),
+        default=Value(False),
+        output_field=BooleanField(),
+    )
 
 
 def approval_list_of(artifact: Artifact) -> list[Approval]:

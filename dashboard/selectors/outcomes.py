@@ -8,6 +8,7 @@ from typing import Any
 
 from django.urls import reverse
 from django.utils.translation import gettext as _
+from django.utils.translation import gettext as translated
 
 from compression_worker.catalog import METHODS
 from dashboard.lifecycle import JobKind, JobState, StepState
@@ -136,7 +137,7 @@ def _labels(method: str) -> dict[str, str]:
     if method not in METHODS:
         return {}
     return {
-        one.name: _(one.metadata["label"])
+        one.name: translated(one.metadata["label"])
         for one in fields(METHODS[method].config_class())
         if one.metadata.get("label")
     }

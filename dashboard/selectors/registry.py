@@ -100,38 +100,41 @@ def _environments_by_artifact() -> dict[int, list[str]]:
     return places
 
 
-def quality_points(variant: Checkpoint, rows: Iterable[ArtifactRow]) -> tuple[list[Point], str, bool]:
-    """Points for the size-quality picture: each evaluated artifact, and the variant itself."""
+def quality_points(rows: Iterable[ArtifactRow]) -> tuple[list[Point], str, bool]:
+    """Points for the size-quality picture: the variant itself, and each artifact measured on the newest row's sets."""
     measured = [row for row in rows if row.metric and "compressed" in row.metric["values"]]
     if not measured or measured[0].metric is None:
         return [], "", False
-    name = measured[0].metric["name"]
+    newest, metric = measured[0], measured[0].metric
     points = [
-        Point(
-            label=row.artifact.name,
-            family=row.artifact.method,
-            size_bytes=row.artifact.artifact_bytes,
-            href=reverse("artifact-detail", args=[row.artifact.pk]),
-            **_value(row.metric["values"]["compressed"]),
+        _point(
+            row.artifact.name, row.artifact.method, row.artifact.artifact_bytes, row.metric["values"]["compressed"], row
         )
         for row in measured
-        if row.metric and row.metric["name"] == name
+        if row.metric and row.metric["name"] == metric["name"] and _sets(row) == _sets(newest)
     ]
-    full = measured[0].metric["values"].get("variant")
+    full = metric["values"].get("variant")
     if full:
-        label, family = _("full precision"), _("full precision")
-        points.insert(0, Point(label=label, family=family, size_bytes=variant.size_bytes, **_value(full)))
-    return points, metric_label(name), bool(measured[0].metric["higher_is_better"])
+        points.insert(0, _point(_("full precision"), _("full precision"), newest.artifact.source_bytes, full))
+    return points, metric_label(metric["name"]), bool(metric["higher_is_better"])
 
 
-def _value(value: Mapping[str, Any]) -> dict[str, float]:
+def _point(label: str, family: str, size_bytes: int, value: Mapping[str, Any], row: ArtifactRow | None = None) -> Point:
     middle = float(value["value"])
     low, high = value.get("low"), value.get("high")
-    return {
-        "value": middle,
-        "low": middle if low is None else float(low),
-        "high": middle if high is None else float(high),
-    }
+    return Point(
+        label=label,
+        family=family,
+        size_bytes=size_bytes,
+        value=middle,
+        low=middle if low is None else float(low),
+        high=middle if high is None else float(high),
+        href=reverse("artifact-detail", args=[row.artifact.pk]) if row else "",
+    )
+
+
+def _sets(row: ArtifactRow) -> tuple[int | None, int | None] | None:
+    return (row.evaluation.text_set_id, row.evaluation.choice_set_id) if row.evaluation else None
 
 
 def lineage(checkpoint: Checkpoint) -> Node:

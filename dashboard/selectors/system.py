@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from django.conf import settings
 from django.db.models import Count, Q, Sum
@@ -30,17 +32,18 @@ def worker_rows() -> list[WorkerRow]:
     ]
 
 
-def queue_depths() -> list[dict[str, object]]:
+def queue_depths() -> list[Mapping[str, Any]]:
     """Waiting and running steps of unfinished jobs, by queue."""
     steps = Step.objects.filter(job__state__in=ACTIVE_JOB_STATES)
-    return list(
-        steps.values("queue")
+    depths: list[Mapping[str, Any]] = [
+        *steps.values("queue")
         .annotate(
             waiting=Count("pk", filter=Q(state=StepState.WAITING)),
             running=Count("pk", filter=Q(state=StepState.RUNNING)),
         )
         .order_by("queue")
-    )
+    ]
+    return depths
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ Found = TypeVar("Found")
 class SignedInRequest(HttpRequest):
     """A request that the sign-in middleware let through, with what htmx says of itself."""
 
-    user: User  # type: ignore[assignment]
+    user: User
     htmx: Any
 
 
 def wants_region(request: HttpRequest) -> bool:
     htmx = getattr(request, "htmx", None)
-    return bool(htmx) and not htmx.boosted
+    return htmx is not None and bool(htmx) and not htmx.boosted
 
 
 def etag_for(request: HttpRequest, *parts: object) -> str:

@@ -31,7 +31,7 @@ def checkpoint_list(request: HttpRequest) -> HttpResponse:
 def checkpoint_detail(request: HttpRequest, name: str) -> HttpResponse:
     checkpoint = found(lambda: registry.checkpoint_get(name))
     rows = registry.artifact_rows(checkpoint)
-    points, quality, higher = registry.quality_points(checkpoint, rows)
+    points, quality, higher = registry.quality_points(rows)
     context = {
         "checkpoint": checkpoint,
         "rows": rows,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,15 @@ TEXT_SAMPLES = 60
 CALIBRATION_SAMPLES = 120
 CHOICE_SAMPLES = 120
 CHOICES = 4
-CONTEXT_LINES = 3
-SENTENCE_END = re.compile(r"[.!?]['\"]?$")
+CONTEXT_LINES = 4
+WORD_CLASSES = {
+    "noun follows": "the my thy his her our your their a an this that",
+    "verb follows": "to will shall would should must may can cannot",
+    "person speaks": "i thou he she we they",
+}
+CLASS_OF = {word: name for name, words in WORD_CLASSES.items() for word in words.split()}
+REST = range(2, 6)
+"""Words of the line that are left to guess."""
 
 
 def passages(text: str, characters: int = PASSAGE_CHARACTERS) -> list[str]:
@@ -43,30 +49,32 @@ def text_set(samples: list[str]) -> list[dict[str, Any]]:
 
 
 def next_line_set(text: str, chooser: random.Random) -> list[dict[str, Any]]:
-    """Which line really follows? The three others follow elsewhere, have about its length, and are real lines too."""
+    """How does the line really go on? The three others go on elsewhere in the plays, after words of another class."""
     places = list(_places(text))
     chooser.shuffle(places)
     return [_question(place, places, chooser) for place in places[:CHOICE_SAMPLES]]
 
 
-def _places(text: str) -> Iterator[tuple[str, str]]:
-    """Beginnings of a speech that stop in the middle of a sentence, and the rest of that line with the next one."""
+def _places(text: str) -> Iterator[tuple[str, str, str]]:
+    """Beginnings of a speech up to a small word in the middle of a line, that word's class, and the rest of the line."""
     for speech in texts.speeches(text):
         lines = speech.split("\n")
-        if len(lines) < CONTEXT_LINES + 3 or SENTENCE_END.search(lines[CONTEXT_LINES]):
-            continue
-        words = lines[CONTEXT_LINES + 1].split()
-        if len(words) < 5 or SENTENCE_END.search(" ".join(words[:2])):
-            continue
-        question = "\n".join([*lines[: CONTEXT_LINES + 1], " ".join(words[:2])])
-        yield question, "\n".join([" ".join(words[2:]), lines[CONTEXT_LINES + 2]])
+        for number in range(2, len(lines)):
+            words = lines[number].split()
+            cuts = [at for at in range(1, len(words)) if words[at - 1].lower() in CLASS_OF and len(words) - at in REST]
+            if cuts:
+                before = "\n".join([*lines[max(0, number - CONTEXT_LINES) : number], " ".join(words[: cuts[0]])])
+                yield before, CLASS_OF[words[cuts[0] - 1].lower()], " ".join(words[cuts[0] :])
+                break
 
 
-def _question(place: tuple[str, str], places: list[tuple[str, str]], chooser: random.Random) -> dict[str, Any]:
-    question, right = place
-    others = sorted({line for other, line in places if other != question and line != right})
-    others.sort(key=lambda line: (abs(len(line) - len(right)), line))
-    choices = [right, *chooser.sample(others[: CHOICES * 4], CHOICES - 1)]
+def _question(
+    place: tuple[str, str, str], places: list[tuple[str, str, str]], chooser: random.Random
+) -> dict[str, Any]:
+    question, word_class, right = place
+    others = sorted({rest for _, its_class, rest in places if its_class != word_class and rest != right})
+    others.sort(key=lambda rest: (abs(len(rest) - len(right)), rest))
+    choices = [right, *chooser.sample(others[: CHOICES * 6], CHOICES - 1)]
     chooser.shuffle(choices)
     return {"question": question, "choices": choices, "answer": choices.index(right)}
 

@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
-def _binary_matmul_kernel(
+def _binary_matmul_kernel(  # type: ignore[no-untyped-def]
     x_ptr, packed_ptr, scale_ptr, y_ptr,
     M, N, K,
     stride_xm, stride_xk, stride_pr, stride_pn, stride_ym, stride_yn,

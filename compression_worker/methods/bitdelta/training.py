@@ -62,7 +62,7 @@ def distill_step(context: StepContext) -> StepOutput:
 
 @contextlib.contextmanager
 def _threads_for(variant: Checkpoint) -> Iterator[None]:
-    """One thread for a small model: sharing its short operations costs more than it gives, and far more on a busy machine."""
+    """One thread for a small model: sharing short operations costs more than it gives, most on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if variant.manifest["parameters"] < SMALL_MODEL else threads)
     try:

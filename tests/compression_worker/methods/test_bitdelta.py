@@ -193,7 +193,7 @@ def test_another_architecture_is_refused(bench: Bench) -> None:
 
 @pytest.mark.parametrize("side", ["base", "variant"])
 def test_a_missing_block_linear_is_refused(bench: Bench, side: str) -> None:
-    bench.edit(bench.base_dir if side == "base" else bench.variant_dir, lambda state: state.pop(LINEAR) and None)
+    bench.edit(bench.base_dir if side == "base" else bench.variant_dir, lambda state: state.__delitem__(LINEAR))
     with pytest.raises(CompressionError, match=f"{LINEAR}' of transformer block 1 is missing in the {side}"):
         bench.compress(INITIAL)
 
@@ -329,14 +329,15 @@ def test_figures_name_scale_and_error_of_each_matrix(bench: Bench) -> None:
     assert figures["distillation"] is None
 
 
-def test_the_ledger_adds_up_and_was_predicted_from_the_config_alone(bench: Bench) -> None:
-    output = bench.compress(INITIAL)
+@pytest.mark.parametrize("settings", [{}, {"distill_steps": 10}])
+def test_the_ledger_adds_up_and_was_predicted_from_the_config_alone(bench: Bench, settings: Json) -> None:
+    output = bench.compress(INITIAL | settings)
     real = sum(bench.store.size(digest) for digest in output.blobs.values())
     assert sum(part["bytes"] for part in output.data["ledger"]) == output.data["artifact_bytes"] == real
     config = json.loads((bench.variant_dir / "config.json").read_text())
     side = {name: bench.store.size(digest) for name, digest in output.blobs.items() if name.endswith("json")}
     side.pop("manifest.json")
-    predicted = layout.predict(config, side_files=side)
+    predicted = layout.predict(config, BitDeltaConfig(**(INITIAL | settings)), side_files=side)
     assert sum(part["bytes"] for part in predicted) == pytest.approx(real, rel=0.01)
     exact = {part["name"]: part["bytes"] for part in output.data["ledger"]}
     assert {p["name"]: p["bytes"] for p in predicted if p["name"] != "manifest"} == {

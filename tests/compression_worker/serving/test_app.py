@@ -183,6 +183,11 @@ def test_a_body_over_the_limit_is_refused(client: Client) -> None:
     assert (answer.status, answer.error["code"]) == (413, "body_too_large")
 
 
+def test_a_body_that_says_it_is_huge_is_refused_unread(client: Client) -> None:
+    answer = client.request("POST", "/v1/completions", b"{}", {"Content-Length": str(10**10)})
+    assert (answer.status, answer.error["code"]) == (413, "body_too_large")
+
+
 def test_an_unknown_route_and_verb_get_an_error_of_the_same_shape(client: Client) -> None:
     assert (client.get("/v1/nothing").status, client.get("/v1/nothing").error["type"]) == (404, "invalid_request_error")
     assert client.get("/v1/completions").status == 405

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from compression_worker.checkpoints import attach_folder
 from compression_worker.contracts import CompressionError
 from compression_worker.serving.generation import Sampling
-from compression_worker.serving.loading import LoadAbandoned, Loader, finished
+from compression_worker.serving.loading import LoadAbandoned, Loader, finished, own_memory
 from compression_worker.serving.variants import Resident
 from compression_worker.store import Store
 from tests.compression_worker.serving.conftest import resident_from
@@ -90,14 +90,27 @@ def test_a_refusal_names_the_file(models: Models, store: Store, what: str) -> No
         store.path(digest).write_bytes(sound)
 
 
-def test_what_answers_lives_on_when_its_files_are_cut(models: Models, store: Store) -> None:
-    resident = load(models, store, "compressed")
+@pytest.mark.parametrize("what", ["variant", "compressed"])
+def test_what_answers_lives_on_when_its_files_are_cut(models: Models, store: Store, what: str) -> None:
+    resident = load(models, store, what)
     before = text_of(resident, models.prompt, Sampling(max_tokens=24, temperature=0.0))
     for blob in (store.root / "sha256").glob("*/*"):
         blob.chmod(0o644)
         blob.write_bytes(b"")
     assert text_of(resident, models.prompt, Sampling(max_tokens=24, temperature=0.0)) == before
-    assert before == models.answers[models.artifact_digest]
+    assert before == models.answers[resident.digest]
+
+
+def test_tensors_leave_the_file_that_they_were_mapped_from(tmp_path: Path) -> None:
+    save_file({"weight": torch.arange(6.0).reshape(2, 3)}, tmp_path / "mapped.safetensors")
+    mapped = load_file(tmp_path / "mapped.safetensors")["weight"]
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(3, 2, bias=False))
+    model[0].weight = torch.nn.Parameter(mapped)
+    model[1].weight = torch.nn.Parameter(mapped)
+    own_memory(model)
+    assert model[0].weight.data_ptr() != mapped.data_ptr()
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr(), "tensors that shared memory still share it"
+    assert torch.equal(model[0].weight, torch.arange(6.0).reshape(2, 3))
 
 
 def test_another_base_is_refused_with_both_fingerprints(models: Models, store: Store, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from compression_worker.serving.loading import LoadAbandoned
 from compression_worker.serving.switch import Pointer, Switch
 from compression_worker.serving.variants import Resident, Variants
 
-FULL, SMALL, BASE = "a" * 64, "b" * 64, "c" * 64
+FULL, SMALL, BASE, OTHER = "a" * 64, "b" * 64, "c" * 64, "d" * 64
 
 
 class GatedLoader:
@@ -155,6 +155,33 @@ def test_a_load_that_ends_too_late_does_not_take_over(
     time.sleep(0.1)
     wait_for(switch, "serving", 2, FULL)
     assert variants.resident_digests() == [FULL]
+
+
+def test_an_older_load_does_not_answer_while_a_newer_one_is_loading(
+    switch: Switch, loader: GatedLoader, variants: Variants
+) -> None:
+    """A rollback to another variant takes its time; the compressed model it replaces must not slip in before it."""
+    switch.see(full(1))
+    loader.gates[FULL].set()
+    wait_for(switch, "serving", 1, FULL)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def slow(digest: str, base: str, abandoned: Callable[[], bool]) -> Resident:
+        reached.set()
+        assert go_on.wait(10)
+        return GatedLoader.full_precision(loader, digest, lambda: False)
+
+    loader.compressed = slow  # type: ignore[method-assign]
+    loader.gates |= {SMALL: threading.Event(), OTHER: threading.Event()}
+    loader.gates[SMALL].set()
+    switch.see(compressed(2))
+    assert reached.wait(5)
+    switch.see(replace(full(3), variant_digest=OTHER, digest=OTHER))
+    go_on.set()
+    time.sleep(0.2)
+    assert (switch.status().state, switch.status().generation) == ("loading", 1)
+    assert variants.resident_digests() == [FULL]
+    switch.close()
 
 
 def test_a_refused_generation_leaves_the_previous_one_answering(switch: Switch, loader: GatedLoader) -> None:
