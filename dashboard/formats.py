@@ -33,7 +33,8 @@ def fixed(value: float | None, places: int, *, sign: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     text = number_format(round(abs(value), places), places, force_grouping=True)
-    return (MINUS if round(value, places) < 0 else "+" if sign else "") + text
+    rounded = round(value, places)
+    return (MINUS if rounded < 0 else "+" if sign and rounded > 0 else "") + text
 
 
 def byte_words(value: float | None, digits: int = 3) -> str:
@@ -53,6 +54,11 @@ def ratio_words(value: float | None) -> str:
 
 def percent_words(value: float | None, places: int = 1, *, sign: bool = False) -> str:
     return "–" if value is None else f"{fixed(value * 100, places, sign=sign)} %"
+
+
+def points_words(value: float, places: int = 1) -> str:
+    """A difference of two percentages: ``0.5 points``."""
+    return _("%(points)s points") % {"points": fixed(value * 100, places)}
 
 
 def places_for(*values: float | None) -> int:

@@ -64,7 +64,7 @@ TERMS: Mapping[str, Term] = {
     ),
     "margin": Term(
         _("Margin"),
-        _("A difference that does not matter, set by the policy. A verdict holds the whole interval to it."),
+        _("A difference too small to matter. A verdict holds the whole interval to it; a policy may accept more."),
     ),
     "flip": Term(
         _("Flip"),

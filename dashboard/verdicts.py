@@ -57,8 +57,9 @@ def _more_samples(worst: float, best: float, margin: float, samples: int) -> int
     return max(1, needed - samples)
 
 
-DEFAULT_MARGINS: dict[str, float] = {"choice_accuracy": 0.02, "top1_agreement": 0.1, "kl_divergence": 0.1}
-PERPLEXITY_MARGIN = 0.05  # of the variant's own perplexity
+MARGINS: dict[str, float] = {"choice_accuracy": 0.02, "top1_agreement": 0.05, "kl_divergence": 0.02}
+"""Differences too small to matter. What a policy still accepts may be larger: 'worse' and 'passes' go together."""
+PERPLEXITY_MARGIN = 0.02  # of the variant's own perplexity
 
 
 class Check(TextChoices):
@@ -150,20 +151,20 @@ def _finding(check: Check, metrics: Mapping[str, Any], true_ratio: float) -> flo
 
 
 def margin_for(metric: Mapping[str, Any], rules: Sequence[Mapping[str, Any]]) -> float:
-    """The margin of a metric: the policy's limit where it has one, a stated default elsewhere."""
+    """The margin of a metric: the stated one, or the policy's limit where that is stricter."""
     limits = {rule.get("check"): float(rule["limit"]) for rule in rules if "limit" in rule}
     match metric["name"]:
         case "perplexity":
-            value = (metric.get("values", {}).get("variant") or {}).get("value") or 0.0
-            return limits.get(Check.PERPLEXITY, PERPLEXITY_MARGIN) * float(value)
+            value = float((metric.get("values", {}).get("variant") or {}).get("value") or 0.0)
+            return min(PERPLEXITY_MARGIN, limits.get(Check.PERPLEXITY, math.inf)) * value
         case "choice_accuracy":
-            return limits.get(Check.ACCURACY, DEFAULT_MARGINS["choice_accuracy"])
+            return min(MARGINS["choice_accuracy"], limits.get(Check.ACCURACY, math.inf))
         case "top1_agreement":
-            return 1 - limits.get(Check.TOP1, 1 - DEFAULT_MARGINS["top1_agreement"])
+            return min(MARGINS["top1_agreement"], 1 - limits.get(Check.TOP1, -math.inf))
         case "kl_divergence":
-            return limits.get(Check.KL, DEFAULT_MARGINS["kl_divergence"])
-        case name:
-            return DEFAULT_MARGINS.get(name, 0.0)
+            return min(MARGINS["kl_divergence"], limits.get(Check.KL, math.inf))
+        case _:
+            return 0.0
 
 
 def metric_verdict(metric: Mapping[str, Any], target: str, rules: Sequence[Mapping[str, Any]]) -> Verdict | None:
@@ -180,8 +181,8 @@ def metric_verdict(metric: Mapping[str, Any], target: str, rules: Sequence[Mappi
     )
 
 
-def verdict_words(verdict: Verdict, margin: str) -> str:
-    """The verdict as a person reads it; ``margin`` is the margin with its unit, already written out."""
+def verdict_words(verdict: Verdict, margin: str, amount: str = "") -> str:
+    """The verdict as a person reads it; ``margin`` and the difference's ``amount`` are written out, with their unit."""
     match verdict.kind:
         case VerdictKind.EQUAL:
             return _("equal within %(margin)s") % {"margin": margin}
@@ -191,6 +192,10 @@ def verdict_words(verdict: Verdict, margin: str) -> str:
                 "not enough evidence: about %(count)s more samples",
                 verdict.more_samples,
             ) % {"count": number_format(verdict.more_samples, force_grouping=True)}
+        case VerdictKind.BETTER if amount:
+            return _("better by %(amount)s") % {"amount": amount}
+        case VerdictKind.WORSE if amount:
+            return _("worse by %(amount)s") % {"amount": amount}
         case kind:
             return str(kind.label)
 

@@ -1,7 +1,8 @@
 """Screenshots of a running demo for the README: `python -m deploy.screenshots` beside `make run`.
 
 Gives the demo's people new passwords (and prints them), waits until the demo waits for an approval, and writes
-overview, job, evaluation, approval and release in light, dark and narrow into docs/screenshots.
+overview, job, evaluation and approval in light, dark and narrow into docs/screenshots. Then it works the demo on, so
+that the release has a history: approves, deploys, rolls back. Run it on a home of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from deploy.chromium import chromium, sign_in
 from deploy.home import Home
 from deploy.local import ROOT
 
+People = dict[str, tuple[str, str]]
 FOLDER = ROOT / "docs" / "screenshots"
 LOOKS = {
     "light": {"viewport": {"width": 1280, "height": 860}, "color_scheme": "light"},
@@ -35,7 +37,7 @@ READERS = {
 PATIENCE_SECONDS = 600
 
 
-def new_passwords() -> dict[str, tuple[str, str]]:
+def new_passwords() -> People:
     """Role -> (name, password) of the demo's people."""
     command = [sys.executable, "-m", "deploy.manage", "demo", "passwords"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -71,21 +73,64 @@ def find_pages(page: Page, address: str) -> dict[str, str]:
     }
 
 
-def shoot(browser: Browser, address: str, people: dict[str, tuple[str, str]]) -> None:
+def shoot(browser: Browser, address: str, people: People) -> None:
     """Every page in every look."""
     with browser.new_page() as page:
-        sign_in(page, address, *people["Engineer"])
+        sign_in(page, address, *_person(people, "Engineer"))
         pages = find_pages(page, address)
+    for name in ("overview", "job", "evaluation", "approval"):
+        picture(browser, address, people, name, pages[name])
+    with browser.new_page() as page:
+        sign_in(page, address, *_person(people, "Manager"))
+        approve(page, pages["approval"])
+    with browser.new_page() as page:
+        sign_in(page, address, *_person(people, "Operations"))
+        deploy(page, pages["release"], "Approved for the spring season.")
+        roll_back(page, pages["release"], "Readers report odd line breaks.")
+    picture(browser, address, people, "release", pages["release"])
+
+
+def picture(browser: Browser, address: str, people: People, name: str, where: str) -> None:
+    """One page in every look, as its reader sees it."""
     for look, options in LOOKS.items():
-        for name, reader in READERS.items():
-            with browser.new_context(**options) as context:  # type: ignore[arg-type]
-                page = context.new_page()
-                sign_in(page, address, *_person(people, reader))
-                page.goto(pages[name])
-                page.screenshot(path=FOLDER / f"{name}-{look}.png", full_page=look != "narrow")
+        with browser.new_context(**options) as context:  # type: ignore[arg-type]
+            page = context.new_page()
+            sign_in(page, address, *_person(people, READERS[name]))
+            page.goto(where)
+            page.screenshot(path=FOLDER / f"{name}-{look}.png", full_page=look != "narrow")
 
 
-def _person(people: dict[str, tuple[str, str]], role: str) -> tuple[str, str]:
+def approve(page: Page, where: str) -> None:
+    page.goto(where)
+    page.get_by_label("Reason").fill("A fifth of the size, equal within the margins, and the way back is rehearsed.")
+    page.get_by_role("button", name="Approve").click()
+    page.get_by_text("Approved").first.wait_for()
+
+
+def deploy(page: Page, where: str, reason: str) -> None:
+    page.goto(where)
+    form = page.locator("#deploy")
+    form.get_by_label("Approved artifact").select_option(index=1)
+    form.get_by_label("Reason").first.fill(reason)
+    form.get_by_role("button", name="Deploy to production").click()
+    _confirmed(page)
+
+
+def roll_back(page: Page, where: str, reason: str) -> None:
+    page.goto(where)
+    form = page.locator("#rollback")
+    form.get_by_label("Reason").fill(reason)
+    form.get_by_role("button", name="Roll production back").click()
+    _confirmed(page)
+
+
+def _confirmed(page: Page) -> None:
+    page.get_by_role("status").filter(has_text="points at generation").wait_for(timeout=30_000)
+    page.locator("#release").get_by_text("1/1 server confirms").wait_for(timeout=60_000)
+    page.wait_for_timeout(4_000)  # so that the strip of generations has something to show
+
+
+def _person(people: People, role: str) -> tuple[str, str]:
     return next(person for label, person in people.items() if label.startswith(role[:3]))
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -40,17 +40,18 @@ def outside_environment() -> dict[str, str]:
 
 
 class RunningStack:
-    """`python -m deploy.local` on ``folder``, without the demo unless ``demo``."""
+    """`python -m deploy.local` on ``folder``, without the demo. ``given``: real servers to use instead of its own."""
 
-    def __init__(self, folder: Path, *, demo: bool = False) -> None:
+    def __init__(self, folder: Path, *, given: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.log = folder.parent / f"{folder.name}.terminal.log"
         self.env = outside_environment() | {
             "DELTAWORKS_HOME": str(folder),
-            "DELTAWORKS_DEMO": "1" if demo else "0",
+            "DELTAWORKS_DEMO": "0",
             "HEARTBEAT_SECONDS": "2",
             "LEASE_SECONDS": "8",
             "OMP_NUM_THREADS": "1",
+            **(given or {}),
         }
         self.supervisor: subprocess.Popen[bytes] | None = None
         self._driver: subprocess.Popen[str] | None = None

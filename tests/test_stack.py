@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from deploy import processes
+from deploy.broker import EmbeddedBroker
+from deploy.postgres import EmbeddedPostgres
 from tests.stack import ROOT, RunningStack, until
 
 pytestmark = pytest.mark.stack
@@ -145,6 +148,33 @@ def test_a_killed_supervisor_leaves_no_process_and_the_next_start_works(stack: R
     until(lambda: not stack.processes_left(), seconds=10, what="all processes are gone")
     stack.start()
     assert stack.drive("ping")
+
+
+def test_real_servers_take_the_place_of_the_embedded_ones(tmp_path: Path) -> None:
+    postgres = EmbeddedPostgres(tmp_path / "postgres", password="superuser", durable=False)
+    broker = EmbeddedBroker(tmp_path / "broker", password="broker", port=processes.free_port())
+    postgres.start()
+    postgres.ensure(database="ours", owner_password="owner", server_password="server")
+    messages = processes.start(broker.command(), log=tmp_path / "broker.log")
+    given = {
+        "DATABASE_URL": postgres.url("deltaworks", "ours", "owner"),
+        "CELERY_BROKER_URL": broker.url(),
+        "ARTIFACT_ROOT": str(tmp_path / "store"),
+        "DELTAWORKS_SERVER_DSN": postgres.url("deltaworks_server", "ours", "server"),
+    }
+    stack = RunningStack(tmp_path / "home", given=given)
+    try:
+        stack.start()
+        assert list(stack.status()["processes"]) == ["web", "worker", "beat", "server"]
+        stack.drive("people", password="a long enough password")
+        job = stack.finish(stack.drive("import_checkpoint", folder="base", name="base"))
+        assert job["checkpoint"]
+        assert list((tmp_path / "store" / "sha256").iterdir())
+        assert not (stack.folder / "postgres").exists()
+    finally:
+        stack.stop()
+        processes.stop(messages)
+        postgres.stop()
 
 
 def _slowness() -> float:

@@ -10,6 +10,7 @@ from django import forms
 from django.utils.translation import gettext as translated
 
 from compression_worker.contracts import CompressionError
+from dashboard.selectors.outcomes import config_label
 
 LONG_TEXT = frozenset({"prompts"})
 
@@ -22,7 +23,7 @@ def config_fields(config: type[Any], *, leave_out: frozenset[str] = frozenset())
 def _field(one: Field[Any]) -> forms.Field:
     words = one.metadata
     common: dict[str, Any] = {
-        "label": translated(words.get("label") or one.name.replace("_", " ").capitalize()),
+        "label": translated(config_label(one)),
         "help_text": translated(words["help"]) if words.get("help") else "",
         "initial": one.default,
         "required": one.default != "",

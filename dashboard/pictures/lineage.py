@@ -9,7 +9,7 @@ from django.utils.translation import gettext as _
 from dashboard.formats import byte_words
 from dashboard.pictures.svg import Picture, drawing, element, link, rect, text
 
-COLUMN, ROW, BOX_WIDTH, BOX_HEIGHT = 214, 44, 138, 30
+COLUMN, ROW, BOX_WIDTH, BOX_HEIGHT = 226, 44, 150, 30
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class _Layout:
             class_="node node-here" if node.is_here else "node",
             hover=node.label,
         )
-        label = node.label if len(node.label) <= 19 else node.label[:18] + "…"
+        label = node.label if len(node.label) <= 20 else node.label[:19] + "…"
         words = [text(x + 8, middle - 1, label, class_="label"), text(x + 8, middle + 11, node.kind, class_="tick")]
         self.shapes.append(link(node.href, box, *words) if node.href else element("g", box, *words))
 

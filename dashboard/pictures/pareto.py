@@ -175,5 +175,5 @@ def _labels(points: Sequence[Point], scale: _Scale) -> list[object]:
         while any(abs(y - other) < 13 and abs(x - left) < 110 for left, other in taken):
             y += 13
         taken.append((x, y))
-        shapes.append(text(x, y, point.label[:24], class_="label"))
+        shapes.append(text(x, y, point.label if len(point.label) <= 26 else point.label[:25] + "…", class_="label"))
     return shapes

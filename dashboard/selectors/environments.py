@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from django.conf import settings
-from django.db.models import QuerySet
+from django.db.models import BooleanField, Case, Exists, F, OuterRef, Q, QuerySet, Value, When
 from django.utils import timezone
 from django.utils.translation import gettext as _
 
@@ -139,13 +139,33 @@ def generations(history: Iterable[Deployment], limit: int = 12) -> list[Generati
 
 
 def approvals_deployable() -> QuerySet[Approval]:
-    """Approvals that may still be live; the service and the database look again at the digests."""
-    return (
-        Approval.objects.filter(
-            state=ApprovalState.APPROVED, expires_at__gt=timezone.now(), artifact__state=ArtifactState.PUBLISHED
-        )
-        .select_related("artifact__variant", "artifact__base", "evaluation", "policy", "decided_by")
-        .order_by("-decided_at")
+    """Approvals that are live; the service and the database look again when one is used."""
+    approved = Approval.objects.annotate(holds=approval_holds()).filter(state=ApprovalState.APPROVED, holds=True)
+    related = approved.select_related("artifact__variant", "artifact__base", "evaluation", "policy", "decided_by")
+    return related.order_by("-decided_at")
+
+
+def approval_holds() -> Case:
+    """Exactly the reasons that ``selectors.approvals.approval_problems`` names, as one condition."""
+    rolled_back = Deployment.objects.filter(
+        kind=DeploymentKind.ROLLBACK,
+        replaces__artifact=OuterRef("artifact"),
+        created_at__gte=OuterRef("requested_at"),
+    )
+    unchanged = Q(
+        artifact__digest=F("artifact_digest"),
+        artifact__state=ArtifactState.PUBLISHED,
+        artifact__base__fingerprint=F("base_fingerprint"),
+        evaluation__digest=F("evaluation_digest"),
+        policy__active=True,
+        policy__digest=F("policy_digest"),
+        expires_at__gt=timezone.now(),
+    )
+    return Case(
+        When(Exists(rolled_back), then=Value(False)),
+        When(unchanged, then=Value(True)),
+        default=Value(False),
+        output_field=BooleanField(),
     )
 
 

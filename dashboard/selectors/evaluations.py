@@ -8,7 +8,7 @@ from typing import Any
 
 from django.db.models import Max, QuerySet
 
-from dashboard.formats import fixed, percent_words, places_for, significant
+from dashboard.formats import fixed, places_for, points_words, significant
 from dashboard.glossary import METRICS, SHARE_METRICS, Words, metric_label
 from dashboard.models import Evaluation, SampleSet
 from dashboard.selectors.approvals import policy_active
@@ -81,7 +81,10 @@ def _row(
     places = _places(name, [*values, difference])
     verdict = metric_verdict(metric, target, rules)
     margin = margin_for(metric, rules)
-    written = percent_words(margin, 1) if name in SHARE_METRICS else significant(margin, 2)
+    share = name in SHARE_METRICS
+    written = points_words(margin, places) if share else significant(margin, 2)
+    size = abs(float(difference["value"])) if difference and difference.get("value") is not None else None
+    amount = "" if size is None else points_words(size, places) if share else fixed(size, places)
     return MetricRow(
         name=name,
         label=metric_label(name),
@@ -92,7 +95,7 @@ def _row(
         cells=[_figure(name, value, places) for value in values],
         difference=_figure(name, difference, places, sign=True),
         verdict=verdict,
-        words=verdict_words(verdict, written) if verdict else "",
+        words=verdict_words(verdict, written, amount) if verdict else "",
         tone=TONES[verdict.kind] if verdict else "neutral",
     )
 

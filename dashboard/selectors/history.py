@@ -12,6 +12,7 @@ from django.utils.translation import gettext_lazy as _
 from pghistory.models import Events
 
 from dashboard.glossary import Words
+from dashboard.lifecycle import ApprovalState, ArtifactState, CancelRequest, DeploymentState, JobState, Role
 from dashboard.models import User
 
 PAGE = 50
@@ -24,6 +25,11 @@ KINDS: dict[str, Words] = {
     "Job": _("Job"),
     "Policy": _("Policy"),
     "User": _("User"),
+}
+WORDS: dict[str, Words] = {
+    value: label
+    for words in (JobState, ArtifactState, ApprovalState, DeploymentState, Role, CancelRequest)
+    for value, label in words.choices
 }
 HIDDEN = frozenset({"id", "pgh_id", "last_login"})
 
@@ -80,7 +86,7 @@ def _change(row: Any, names: dict[str, str]) -> Change:
         why=str(context.get("reason") or data.get("reason") or ""),
         is_new=row.pgh_label == "insert",
         changed=[
-            (field, _short(before), _short(after))
+            (field, _short(_word(before)), _short(_word(after)))
             for field, (before, after) in (row.pgh_diff or {}).items()
             if field not in HIDDEN
         ],
@@ -95,6 +101,11 @@ def _what(data: dict[str, Any]) -> str:
     if "generation" in data:
         return f"→ {data['generation']} · {data.get('kind', '')}"
     return ""
+
+
+def _word(value: object) -> object:
+    """A stored word (``queued``, ``ops``) as people read it."""
+    return WORDS.get(value, value) if isinstance(value, str) else value
 
 
 def _short(value: object) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from django.db.models import BooleanField, Case, Exists, F, OuterRef, Q, QuerySet, Value, When
+from django.db.models import Case, QuerySet, Value, When
 from django.utils import timezone
 from django.utils.translation import gettext as _
 
-from dashboard.lifecycle import ACTIVE_JOB_STATES, ApprovalState, ArtifactState, DeploymentKind, JobKind, Role
-from dashboard.models import Approval, Artifact, Deployment, Evaluation, Job, Policy, RollbackCertificate, User
+from dashboard.lifecycle import ACTIVE_JOB_STATES, ApprovalState, JobKind, Role
+from dashboard.models import Approval, Artifact, Evaluation, Job, Policy, RollbackCertificate, User
 from dashboard.permissions import allows
 from dashboard.selectors.approvals import approval_problems, certificate_valid, evidence_problems
-from dashboard.selectors.environments import certificate_latest
+from dashboard.selectors.environments import approval_holds, certificate_latest
 from dashboard.selectors.evaluations import MetricRow, metric_rows
 from dashboard.verdicts import CheckResult, Outcome, VerdictKind, evaluate_policy, summary_words
 
@@ -57,32 +57,8 @@ class Memo:
 def approval_list(state: str = "", limit: int = 100) -> list[Approval]:
     """Waiting ones first, then the latest; ``holds`` says in one query what :func:`approval_problems` explains."""
     waiting_first = Case(When(state=ApprovalState.PENDING, then=Value(0)), default=Value(1))
-    found = _related(Approval.objects.annotate(holds=_holds())).order_by(waiting_first, "-requested_at")
+    found = _related(Approval.objects.annotate(holds=approval_holds())).order_by(waiting_first, "-requested_at")
     return list((found.filter(state=state) if state else found)[:limit])
-
-
-def _holds() -> Case:
-    """Exactly the reasons that :func:`approval_problems` names, as one condition."""
-    rolled_back = Deployment.objects.filter(
-        kind=DeploymentKind.ROLLBACK,
-        replaces__artifact=OuterRef("artifact"),
-        created_at__gte=OuterRef("requested_at"),
-    )
-    unchanged = Q(
-        artifact__digest=F("artifact_digest"),
-        artifact__state=ArtifactState.PUBLISHED,
-        artifact__base__fingerprint=F("base_fingerprint"),
-        evaluation__digest=F("evaluation_digest"),
-        policy__active=True,
-        policy__digest=F("policy_digest"),
-        expires_at__gt=timezone.now(),
-    )
-    return Case(
-        When(Exists(rolled_back), then=Value(False)),
-        When(unchanged, then=Value(True)),
-        default=Value(False),
-        output_field=BooleanField(),
-    )
 
 
 def approval_list_of(artifact: Artifact) -> list[Approval]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from django.urls import reverse
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext as translated
+from django.utils.translation import gettext_lazy
 
 from compression_worker.catalog import METHODS
+from compression_worker.evaluation.config import EvaluationConfig
 from dashboard.lifecycle import JobKind, JobState, StepState
 from dashboard.models import Artifact, Checkpoint, Evaluation, Job, RollbackCertificate, SampleSet, Step
 
@@ -96,54 +98,64 @@ def job_settings(job: Job) -> list[tuple[str, str]]:
     if job.kind == JobKind.IMPORT:
         shown.append((_("Folder"), f"{spec.get('root', '')}/{spec.get('folder', '')}"))
         shown.append((_("Name"), str(spec.get("name", ""))))
-    labels = _labels(job.method)
-    shown += [(labels.get(name, name.replace("_", " ")), _written(value)) for name, value in _config(job).items()]
-    for key, label in (
-        ("calibration", _("Calibration text")),
-        ("text_set", _("Text set")),
-        ("choice_set", _("Multiple-choice set")),
-    ):
+    shown += config_pairs(_config_class(job), _config(job))
+    for key, label in _SETS:
         found = SampleSet.objects.filter(pk=spec[key]).first() if spec.get(key) else None
         if found:
-            shown.append((label, str(found)))
+            shown.append((str(label), str(found)))
     if job.kind == JobKind.COMPRESS:
         shown.append((_("Seed"), str(spec.get("seed", 0))))
     return shown
+
+
+_SETS = (
+    ("calibration", gettext_lazy("Calibration text")),
+    ("text_set", gettext_lazy("Text set")),
+    ("choice_set", gettext_lazy("Multiple-choice set")),
+)
 
 
 def clone_changes(job: Job) -> list[tuple[str, str, str]]:
     """What a clone changed: (label, before, after)."""
     if job.cloned_from is None:
         return []
-    labels = _labels(job.method)
-    before, after = _config(job.cloned_from), _config(job)
-    return [
-        (labels.get(name, name), _written(before.get(name)), _written(after.get(name)))
-        for name in after
-        if before.get(name) != after.get(name)
-    ]
+    kind = _config_class(job)
+    before, after = dict(config_pairs(kind, _config(job.cloned_from))), dict(config_pairs(kind, _config(job)))
+    return [(label, before.get(label, "–"), value) for label, value in after.items() if before.get(label) != value]
+
+
+def artifact_settings(artifact: Artifact) -> list[tuple[str, str]]:
+    """The settings that an artifact was made with."""
+    return config_pairs(_class_of_method(artifact.method), artifact.config)
+
+
+def config_pairs(kind: type[Any] | None, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(label, value) in the order of the form, which a JSON column does not keep; unknown settings come last."""
+    labels = {one.name: translated(config_label(one)) for one in fields(kind)} if kind else {}
+    names = [*(name for name in labels if name in config), *sorted(set(config) - set(labels))]
+    return [(labels.get(name, name), _written(config[name])) for name in names]
+
+
+def config_label(field: Field[Any]) -> str:
+    """The label of a setting, in English: from its metadata, or from its name."""
+    return str(field.metadata.get("label") or field.name.replace("_", " ").capitalize())
+
+
+def _config_class(job: Job) -> type[Any] | None:
+    return EvaluationConfig if job.kind == JobKind.EVALUATE else _class_of_method(job.method)
+
+
+def _class_of_method(name: str) -> type[Any] | None:
+    return METHODS[name].config_class() if name in METHODS else None
 
 
 def _config(job: Job) -> dict[str, Any]:
-    """In the order of the method's form: a JSON column keeps none."""
     config = (job.spec or {}).get("config")
-    if not isinstance(config, dict):
-        return {}
-    known = [one.name for one in fields(METHODS[job.method].config_class())] if job.method in METHODS else []
-    return {name: config[name] for name in [*known, *sorted(set(config) - set(known))] if name in config}
-
-
-def _labels(method: str) -> dict[str, str]:
-    if method not in METHODS:
-        return {}
-    return {
-        one.name: translated(one.metadata["label"])
-        for one in fields(METHODS[method].config_class())
-        if one.metadata.get("label")
-    }
+    return dict(config) if isinstance(config, dict) else {}
 
 
 def _written(value: object) -> str:
     if value is None or value == "":
         return "–"
-    return ", ".join(str(one) for one in value) if isinstance(value, list) else str(value)
+    lines = value if isinstance(value, list) else str(value).splitlines()
+    return " · ".join(str(one) for one in lines)

@@ -68,7 +68,7 @@ class ArtifactRow:
 
 def artifact_rows(variant: Checkpoint) -> list[ArtifactRow]:
     """The artifacts of ``variant``, newest first, in three queries."""
-    artifacts = list(variant.artifacts.select_related("job").order_by("-created_at"))
+    artifacts = list(variant.artifacts.select_related("job", "variant").order_by("-created_at"))
     evaluations = latest_evaluations(one.pk for one in artifacts)
     places = _environments_by_artifact()
     return [
@@ -108,7 +108,11 @@ def quality_points(rows: Iterable[ArtifactRow]) -> tuple[list[Point], str, bool]
     newest, metric = measured[0], measured[0].metric
     points = [
         _point(
-            row.artifact.name, row.artifact.method, row.artifact.artifact_bytes, row.metric["values"]["compressed"], row
+            short_name(row.artifact),
+            row.artifact.method,
+            row.artifact.artifact_bytes,
+            row.metric["values"]["compressed"],
+            row,
         )
         for row in measured
         if row.metric and row.metric["name"] == metric["name"] and _sets(row) == _sets(newest)
@@ -131,6 +135,11 @@ def _point(label: str, family: str, size_bytes: int, value: Mapping[str, Any], r
         high=middle if high is None else float(high),
         href=reverse("artifact-detail", args=[row.artifact.pk]) if row else "",
     )
+
+
+def short_name(artifact: Artifact) -> str:
+    """An artifact's name without its variant's, for places where the variant is plain."""
+    return artifact.name.removeprefix(f"{artifact.variant.name}-") or artifact.name
 
 
 def _sets(row: ArtifactRow) -> tuple[int | None, int | None] | None:
@@ -158,12 +167,12 @@ def _node(
     served: Mapping[int, list[Environment]],
     served_full: Mapping[int, list[Environment]],
 ) -> Node:
-    artifacts = one.artifacts.filter(state=ArtifactState.PUBLISHED).order_by("created_at")
+    artifacts = one.artifacts.select_related("variant").filter(state=ArtifactState.PUBLISHED).order_by("created_at")
     children = [
         *(_node(variant, here, served, served_full) for variant in one.variants.order_by("name")),
         *(
             Node(
-                label=artifact.name,
+                label=short_name(artifact),
                 kind=method_label(artifact.method),
                 href=reverse("artifact-detail", args=[artifact.pk]),
                 size_bytes=artifact.artifact_bytes,

@@ -51,6 +51,8 @@ BASE, VARIANT = "demo-base", "demo-shakespeare"
 LICENCE = "Apache-2.0"
 SHORT_STEPS, LONG_STEPS = 50, 4000
 """Of distillation: the first ends within a minute or two, the second is there to be watched, stopped or killed."""
+LEARNING_RATE = 3e-4
+"""Three times the published one: it suits a model this small."""
 LONG_PRIORITY = -10
 """Whatever a newcomer queues goes first."""
 PROMPTS = "My lord, the king\nWhat, wilt thou\nO gentle lady, do not\nTom has 3 apples and buys"
@@ -191,7 +193,7 @@ def _approval_requested() -> bool:
             actor=_person(Role.ENGINEER),
             artifact=artifact,
             evaluation=Evaluation.objects.filter(artifact=artifact).earliest("created_at"),
-            note="A sixth of the size, and the verse still scans. Please look at the generations.",
+            note="A fifth of the size, and the verse still scans. Please look at the generations.",
         )
     return True
 
@@ -219,7 +221,7 @@ def _compress(distill_steps: int, *, priority: int) -> Job:
         actor=_person(Role.ENGINEER),
         method="bitdelta",
         variant=Checkpoint.objects.get(name=VARIANT),
-        config={"distill_steps": distill_steps},
+        config={"distill_steps": distill_steps, "learning_rate": LEARNING_RATE},
         calibration=_newest_set(CALIBRATION_SET),
         priority=priority,
     )

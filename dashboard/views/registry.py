@@ -13,7 +13,7 @@ from dashboard.glossary import METRICS
 from dashboard.models import Artifact
 from dashboard.permissions import rule
 from dashboard.pictures import curve_picture, ledger_picture, lineage_picture, pareto_picture, strip_picture
-from dashboard.selectors import approvals, environments, evaluations, memo, registry
+from dashboard.selectors import approvals, environments, evaluations, memo, outcomes, registry
 from dashboard.services.registry import artifact_retire, checkpoint_import
 from dashboard.views.answers import SignedInRequest, attempt, found
 
@@ -95,6 +95,7 @@ def _artifact_page(request: SignedInRequest, artifact: Artifact, form: RetireFor
         "strip": strip_picture(registry.matrix_errors(artifact.figures)),
         "curve": curve_picture(registry.distillation_losses(artifact.figures)),
         "evaluations": rows,
+        "settings": outcomes.artifact_settings(artifact),
         "latest_rows": evaluations.metric_rows(rows[0].results, rules) if rows else [],
         "approvals": memo.approval_list_of(artifact),
         "deployments": artifact.deployments.select_related("environment", "created_by").order_by("-created_at"),

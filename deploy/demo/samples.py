@@ -29,7 +29,7 @@ WORD_CLASSES = {
     "person speaks": "i thou he she we they",
 }
 CLASS_OF = {word: name for name, words in WORD_CLASSES.items() for word in words.split()}
-REST = range(2, 6)
+REST = range(2, 4)
 """Words of the line that are left to guess."""
 
 
@@ -56,7 +56,7 @@ def next_line_set(text: str, chooser: random.Random) -> list[dict[str, Any]]:
 
 
 def _places(text: str) -> Iterator[tuple[str, str, str]]:
-    """Beginnings of a speech up to a small word in the middle of a line, that word's class, and the rest of the line."""
+    """Beginnings of a speech up to a small word inside a line, that word's class, and the rest of the line."""
     for speech in texts.speeches(text):
         lines = speech.split("\n")
         for number in range(2, len(lines)):

@@ -28,6 +28,7 @@ def test_missing_and_endless_figures_are_a_dash() -> None:
 
 def test_a_rounded_zero_has_no_minus() -> None:
     assert fixed(-0.001, 2) == "0.00"
+    assert fixed(0.001, 2, sign=True) == "0.00"
     assert fixed(0.06, 2, sign=True) == "+0.06"
 
 

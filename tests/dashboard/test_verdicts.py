@@ -67,7 +67,9 @@ def test_a_small_sample_of_a_wide_interval_is_never_equal() -> None:
 def test_verdicts_are_told_in_words() -> None:
     equal = judge(low=-0.01, high=0.01, margin=0.1, higher_is_better=True, samples=9)
     unclear = judge(low=-0.4, high=0.4, margin=0.1, higher_is_better=True, samples=100)
+    worse = judge(low=-0.4, high=-0.2, margin=0.1, higher_is_better=True, samples=100)
     assert verdict_words(equal, "0.1") == "equal within 0.1"
+    assert verdict_words(worse, "0.1", "0.3 points") == "worse by 0.3 points"
     assert verdict_words(unclear, "0.1") == "not enough evidence: about 1,500 more samples"
 
 
@@ -101,12 +103,19 @@ def test_rules_of_a_later_version_are_left_alone() -> None:
     assert evaluate_policy([{"check": "taste", "limit": 1, "severity": "block"}], summary(), 5) == []
 
 
-def test_margins_come_from_the_policy_and_have_defaults() -> None:
+def test_margins_are_small_and_a_stricter_policy_narrows_them() -> None:
     perplexity, _kl, top1, accuracy = summary()["metrics"]
-    assert margin_for(perplexity, RULES) == pytest.approx(0.05 * 4.52)
-    assert margin_for(accuracy, RULES) == 0.03
-    assert margin_for(accuracy, []) == 0.02
-    assert margin_for(top1, RULES) == pytest.approx(0.1)
+    assert margin_for(perplexity, RULES) == pytest.approx(0.02 * 4.52)
+    assert margin_for(accuracy, RULES) == 0.02
+    assert margin_for(top1, RULES) == 0.05
+    strict = [
+        {"check": "perplexity_increase", "limit": 0.001},
+        {"check": "choice_accuracy_drop", "limit": 0.01},
+        {"check": "top1_agreement", "limit": 0.99},
+    ]
+    assert margin_for(perplexity, strict) == pytest.approx(0.001 * 4.52)
+    assert margin_for(accuracy, strict) == 0.01
+    assert margin_for(top1, strict) == pytest.approx(0.01)
 
 
 def test_a_metric_without_a_difference_has_no_verdict() -> None:

@@ -24,6 +24,7 @@ from django.utils.translation.template import templatize
 
 from compression_worker.catalog import METHODS
 from compression_worker.evaluation.config import EvaluationConfig
+from dashboard.selectors.outcomes import config_label
 
 KEYWORDS: dict[str, tuple[int, ...] | None] = {
     "_": None,
@@ -89,7 +90,7 @@ def _words_of_the_worker() -> Iterator[str]:
 
 def _words_of_config(config: type[Any]) -> Iterator[str]:
     for one in fields(config):
-        yield one.metadata.get("label") or one.name.replace("_", " ").capitalize()
+        yield config_label(one)
         if one.metadata.get("help"):
             yield one.metadata["help"]
 

@@ -370,7 +370,7 @@ def test_an_administrator_creates_people_and_changes_roles_with_a_reason(
     assert bob.role == Role.OPS
     page = client.get(reverse("history") + "?kind=User").content.decode()
     assert "on call" in page
-    assert "<del>viewer</del> → <ins>ops</ins>" in page
+    assert "<del>Viewer</del> → <ins>Operations</ins>" in page
 
 
 def test_nobody_changes_their_own_role(client_as: Callable[[Role], Client]) -> None:

@@ -45,6 +45,15 @@ def test_htmx_gets_the_region_alone_and_304_when_nothing_changed(
     assert again.content == b""
 
 
+def test_the_release_region_brings_the_top_bar_and_the_history_along(
+    world: SimpleNamespace, client_as: Callable[[Role], Client]
+) -> None:
+    html = client_as(Role.OPS).get(reverse("environment-detail", args=["production"]), headers=HTMX).content.decode()
+    assert 'id="serving" class="serving" hx-swap-oob="true"' in html
+    assert '<div id="deployments" hx-swap-oob="true">' in html
+    assert "<form" not in html  # what somebody is typing stays
+
+
 def test_a_new_log_line_changes_the_job_page(world: SimpleNamespace, client_as: Callable[[Role], Client]) -> None:
     client = client_as(Role.VIEWER)
     address = reverse("job-detail", args=[world.running.pk])
