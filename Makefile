@@ -43,6 +43,7 @@ format: setup ## Format the code and apply the safe fixes
 bench: setup ## Run the benchmarks (speed and memory, as ratios within one run)
 	$(BIN)/python -m tests.benchmarks.bench_bitdelta
 	$(BIN)/python tests/benchmarks/rollback.py
+	$(BIN)/python tests/benchmarks/rollback_over_http.py
 
 messages: setup ## Collect the words of pages for translation and compile the catalogues
 	$(TOOL_ENV) $(BIN)/python manage.py messages
