@@ -40,10 +40,10 @@ format: setup ## Format the code and apply the safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup ## Run the benchmarks (speed and memory, as ratios within one run)
+bench: setup ## Run the benchmarks: extraction, memory, size, rollback under load (a quarter of an hour)
 	$(BIN)/python -m tests.benchmarks.bench_bitdelta
-	$(BIN)/python tests/benchmarks/rollback.py
-	$(BIN)/python tests/benchmarks/rollback_over_http.py
+	$(BIN)/python tests/benchmarks/rollback.py --rounds 50 --clients 4
+	$(BIN)/python tests/benchmarks/rollback_over_http.py --rounds 50 --clients 4
 
 messages: setup ## Collect the words of pages for translation and compile the catalogues
 	$(TOOL_ENV) $(BIN)/python manage.py messages

@@ -6,6 +6,7 @@ know, and a manifest that was changed: it carries the digest of itself without t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -195,14 +196,15 @@ def parse_manifest(raw: bytes) -> Json:
 
 
 def write_folder(out: Path, store: Store, files: Mapping[str, str]) -> None:
-    """Copy blobs into the new folder ``out`` under their names; ``manifest.json`` comes last, by rename.
+    """Put blobs into the new folder ``out`` under their names; ``manifest.json`` comes last, by rename.
 
-    Nothing is left behind when it fails. Raises :class:`store.NoRoom` when the disk is full.
+    They are copied; blobs of a store that will be thrown away are linked. Nothing is left behind when it fails, which
+    it says as ``disk_full`` when there is no room.
     """
     with NewFolder(out) as folder:
         for name in sorted(files, key=lambda name: name == MANIFEST):
             temporary = folder / f".{name}"
-            _copy(store.path(files[name]), temporary)
+            _copy(store.path(files[name]), temporary, link=not store.durable)
             os.rename(temporary, folder / name)
 
 
@@ -346,8 +348,15 @@ def _index(shards: list[list[str]], specs: Mapping[str, Any]) -> bytes:
     return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2).encode()
 
 
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
+def _copy(source: Path, target: Path, *, link: bool = False) -> None:
+    """A copy that is on the disk when this returns; with ``link`` a second name for the same bytes, if that can be."""
+    linked = False
+    if link:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            linked = True
+    if not linked:
+        shutil.copyfile(source, target)
     with target.open("rb") as file:
         os.fsync(file.fileno())
 

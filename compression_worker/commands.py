@@ -91,7 +91,7 @@ def _workspace(beside: Path) -> Iterator[Store]:
     except OSError:
         folder = tempfile.mkdtemp(prefix="deltaworks-")
     try:
-        yield Store(folder)
+        yield Store(folder, durable=False)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

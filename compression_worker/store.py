@@ -62,8 +62,10 @@ class BlobWriter:
 class Store:
     """Blobs under ``root/sha256/ab/abcd…``, and read-only folders of links to them under ``root/views``."""
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, durable: bool = True) -> None:
+        """``durable=False`` is for a store that one process throws away: nothing is synchronised to disk."""
         self.root = Path(root).absolute()
+        self.durable = durable
         self._blobs = self.root / "sha256"
         self._views = self.root / "views"
 
@@ -92,14 +94,16 @@ class Store:
                 yield blob
                 with _room():
                     file.flush()
-                    os.fsync(file.fileno())
+                    if self.durable:
+                        os.fsync(file.fileno())
             target = self.path(blob.finish())
             with _room():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.chmod(temporary, 0o444)
                 # Also over a blob that is there: what the disk damaged is whole again when it is written again.
                 os.replace(temporary, target)
-                _fsync_folder(target.parent)
+                if self.durable:
+                    _fsync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

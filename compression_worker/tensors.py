@@ -113,11 +113,15 @@ class TensorFile:
             self.read_into(name, raw_bytes(tensor))
         return tensor
 
-    def row_tiles(self, name: str, rows: int) -> Iterator[torch.Tensor]:
-        """A matrix, ``rows`` rows at a time, in a buffer that is used again for each."""
+    def row_tiles(self, name: str, rows: int, memory: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        """A matrix, ``rows`` rows at a time, in a buffer that is used again for each: ``memory`` (uint8) if it is enough."""
         spec = self.entries[name].spec
         height, width = spec.shape
-        buffer = torch.empty((min(rows, height), width), dtype=DTYPES[spec.dtype])
+        shape, dtype = (min(rows, height), width), DTYPES[spec.dtype]
+        needed = shape[0] * width * dtype.itemsize
+        if memory is None or memory.numel() < needed:
+            memory = torch.empty(needed, dtype=torch.uint8)
+        buffer = memory[:needed].view(dtype).view(shape)
         for start in range(0, height, rows):
             tile = buffer[: min(rows, height - start)]
             self.read_into(name, raw_bytes(tile), start * width * buffer.element_size())

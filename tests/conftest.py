@@ -37,6 +37,7 @@ os.environ.update(
         ),
         "DELTAWORKS_TEST_SERVER_PASSWORD": SERVER_PASSWORD,
         "PLAIN_STATIC": "1",
+        "STATIC_ROOT": str(SCRATCH / "static"),
         "DJANGO_SETTINGS_MODULE": "dashboard.settings",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -48,6 +49,7 @@ os.environ.update(
     }
 )
 (SCRATCH / "imports").mkdir()
+(SCRATCH / "static").mkdir()
 
 
 def pytest_configure() -> None:

@@ -1,4 +1,5 @@
-"""Measures BitDelta on one pair as docs/results.md shows it: perplexity of all four forms, and true and nominal ratio.
+"""Measures BitDelta on one pair as docs/results.md shows it: perplexity of all four forms, how far each is from the
+variant, and true and nominal ratio.
 
 ``python -m deploy.demo.results --base DIR --variant DIR --text FILE --calibration FILE --set distill_steps=50`` prints
 one row of the table. Base, variant, initial and distilled form read the same windows, in float32.
@@ -25,8 +26,8 @@ from compression_worker.runner import prepare_torch, run_plan
 from compression_worker.samples import parse_samples, read_samples
 from compression_worker.store import Store
 
-HEADER = """| pair | base | variant | initial | distilled | gain kept: initial | distilled | true | nominal | seconds |
-|---|---|---|---|---|---|---|---|---|---|"""
+HEADER = """| pair | perplexity: base | variant | initial | distilled | KL: base | initial | distilled | true | nominal | seconds |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def compress(store: Store, pair: dict[str, str], calibration: str, config: dict[str, Any]) -> tuple[StepOutput, float]:
@@ -37,18 +38,15 @@ def compress(store: Store, pair: dict[str, str], calibration: str, config: dict[
     return run_plan(store, plan, device="cpu"), time.monotonic() - started
 
 
-def perplexity(model: Any, windows: torch.Tensor) -> float:
-    values = measure_windows(model, None, windows, lambda done, total, unit: None)
-    return math.exp(sum(value["nll"] for value in values) / sum(value["tokens"] for value in values))
+def measure(model: Any, variant: Any, windows: torch.Tensor) -> tuple[float, float]:
+    """Perplexity, and the mean KL divergence from the variant's predictions in nats a token."""
+    values = measure_windows(model, variant, windows, lambda done, total, unit: None)
+    nll, kl, tokens = (sum(value[name] for value in values) for name in ("nll", "kl", "tokens"))
+    return math.exp(nll / tokens), kl / tokens
 
 
 def sample_set(store: Store, path: Path) -> str:
     return store.write_bytes(parse_samples(path.read_bytes(), "text").data)
-
-
-def gain_kept(base: float, variant: float, found: float) -> str:
-    """Of the fall of log-perplexity from base to variant, how much the compressed form keeps."""
-    return f"{100 * (math.log(base) - math.log(found)) / (math.log(base) - math.log(variant)):.1f} %"
 
 
 def row(name: str, store: Store, pair: dict[str, str], text: str, calibration: str, config: dict[str, Any]) -> str:
@@ -57,20 +55,20 @@ def row(name: str, store: Store, pair: dict[str, str], text: str, calibration: s
         read_samples(store.read_bytes(text)),
         EvaluationConfig(),
     )
-    found = {}
-    for target in ("base", "variant"):
-        model = load_model(Checkpoint.open(store, pair[target]), dtype=torch.float32)
-        found[target] = perplexity(model, windows)
+    variant = load_model(Checkpoint.open(store, pair["variant"]), dtype=torch.float32)
+    base = load_model(Checkpoint.open(store, pair["base"]), dtype=torch.float32)
+    found = {"variant": measure(variant, variant, windows), "base": measure(base, variant, windows)}
+    del base
     seconds = {}
     for target, steps in (("initial", 0), ("distilled", config["distill_steps"])):
         output, seconds[target] = compress(store, pair, calibration, config | {"distill_steps": steps})
-        artifact = output.data["artifact"]
-        found[target] = perplexity(load_compressed_model(store, pair["base"], artifact, dtype=torch.float32), windows)
-    kept = [gain_kept(found["base"], found["variant"], found[target]) for target in ("initial", "distilled")]
-    figures = [f"{found[target]:.3f}" for target in ("base", "variant", "initial", "distilled")]
-    ratios = [f"{output.data['true_ratio']:.2f}", f"{output.data['nominal_ratio']:.2f}"]
+        model = load_compressed_model(store, pair["base"], output.data["artifact"], dtype=torch.float32)
+        found[target] = measure(model, variant, windows)
+    figures = [f"{found[target][0]:.3f}" for target in ("base", "variant", "initial", "distilled")]
+    figures += [f"{found[target][1]:.4f}" for target in ("base", "initial", "distilled")]
+    figures += [f"{output.data['true_ratio']:.2f}", f"{output.data['nominal_ratio']:.2f}"]
     took = f"{seconds['initial']:.1f} + {seconds['distilled'] - seconds['initial']:.1f}"
-    return "| " + " | ".join([name, *figures, *kept, *ratios, took]) + " |"
+    return "| " + " | ".join([name, *figures, took]) + " |"
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -7,6 +7,7 @@ over rows in fp64, which gives the same bits whatever the number of threads.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,11 +29,10 @@ class SignPack:
 def sign_pack_tiles(tiles: Iterable[tuple[torch.Tensor, torch.Tensor]], outputs: int, inputs: int) -> SignPack:
     """Pack the delta of consecutive row tiles ``(base, finetuned)`` of an ``(outputs, inputs)`` matrix."""
     packed = np.empty((words_for(inputs), outputs), dtype=np.int32)
-    scratch = _Scratch(inputs)
     row, sum_abs, sum_squares = 0, 0.0, 0.0
     for base, finetuned in tiles:
         stop = row + base.shape[0]
-        words, absolute, squares = scratch.pack(base, finetuned)
+        words, absolute, squares = _SCRATCH.pack(base, finetuned)
         packed[:, row:stop] = words.T
         row, sum_abs, sum_squares = stop, sum_abs + absolute, sum_squares + squares
     if row != outputs:
@@ -52,26 +52,24 @@ TILE_ELEMENTS = 1 << 17
 """Elements of a tile: two fp32 copies of it (1 MB) fit a core's second-level cache."""
 
 
-class _Scratch:
-    """Buffers used again for each tile: fresh memory for each would cost more than the arithmetic."""
+class _Scratch(threading.local):
+    """Buffers of one thread, used again for each tile and matrix: fresh memory would cost more than the arithmetic."""
 
-    def __init__(self, inputs: int) -> None:
-        self._inputs = inputs
-        self._rows = 0
+    def __init__(self) -> None:
+        self._reserve(TILE_ELEMENTS)
 
-    def _reserve(self, rows: int) -> None:
-        if rows <= self._rows:
-            return
-        self._rows = rows
-        self._delta = torch.empty((rows, self._inputs))
-        self._base = torch.empty((rows, self._inputs))
-        self._bits = torch.empty((rows, self._inputs), dtype=torch.bool)
-        self._words = np.zeros((rows, words_for(self._inputs)), dtype="<i4")
+    def _reserve(self, elements: int) -> None:
+        self._delta, self._base = torch.empty(elements), torch.empty(elements)
+        self._bits = torch.empty(elements, dtype=torch.bool)
 
     def pack(self, base: torch.Tensor, finetuned: torch.Tensor) -> tuple[np.ndarray, float, float]:
-        rows = base.shape[0]
-        self._reserve(rows)
-        delta, other, bits = self._delta[:rows], self._base[:rows], self._bits[:rows]
+        """The words ``(rows, ceil(K/32))`` of a tile, its sum of ``|D|`` and of ``D^2``."""
+        rows, inputs = base.shape
+        if rows * inputs > self._delta.numel():
+            self._reserve(rows * inputs)
+        delta, other, bits = (
+            flat[: rows * inputs].view(rows, inputs) for flat in (self._delta, self._base, self._bits)
+        )
         delta.copy_(finetuned)
         other.copy_(base)
         torch.ge(delta, other, out=bits)
@@ -79,6 +77,9 @@ class _Scratch:
         sum_abs = float(delta.sum(dim=1).double().sum())
         sum_squares = float(torch.mul(delta, delta, out=other).sum(dim=1).double().sum())
         octets = np.packbits(bits.numpy(), axis=1, bitorder="little")
-        words = self._words[:rows]
-        words.view(np.uint8)[:, : octets.shape[1]] = octets
-        return words, sum_abs, sum_squares
+        if octets.shape[1] % 4:
+            octets = np.pad(octets, ((0, 0), (0, -octets.shape[1] % 4)))
+        return octets.view("<i4"), sum_abs, sum_squares
+
+
+_SCRATCH = _Scratch()

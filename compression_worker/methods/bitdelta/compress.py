@@ -12,9 +12,11 @@ the assembly of the artifact. Each reads and writes the store by digest and hold
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
+from functools import lru_cache
 from importlib.metadata import version
 
 import torch
@@ -120,8 +122,9 @@ def layer_step(context: StepContext) -> StepOutput:
     with _open_pair(context) as (base, variant), context.store.writer() as blob:
         blob.write(header_bytes(layout.codes_specs(linears)))
         # Two matrices in flight at most; each is cut into tiles that stay in one core's cache.
-        with _one_thread_per_operation() as workers, ThreadPoolExecutor(min(workers, 2)) as pool:
-            for linear, signs in zip(linears, pool.map(lambda one: _pack(one, base, variant), linears), strict=True):
+        with _one_thread_per_operation():
+            packed = _packers().map(lambda one: _pack(one, base, variant), linears)
+            for linear, signs in zip(linears, packed, strict=True):
                 words = raw_bytes(signs.packed)
                 blob.write(words)
                 coded[linear.name] = _layer_line(linear, signs, sha256(words))
@@ -165,9 +168,9 @@ def assemble_step(context: StepContext) -> StepOutput:
     }
     blobs = {name: digest for layer in layers for name, digest in layer.blobs.items()}
     blobs |= {**rest.blobs, layout.SCALES_FILE: blob.digest, **side}
-    for done, digest in enumerate(blobs.values(), start=1):
-        context.store.verify(digest)
-        context.progress(done, len(blobs), "files")
+    with ThreadPoolExecutor(2) as pool:
+        for done, _ in enumerate(pool.map(context.store.verify, blobs.values()), start=1):
+            context.progress(done, len(blobs), "files")
     files = {name: {"sha256": digest, "size": context.store.size(digest)} for name, digest in blobs.items()}
     raw = _manifest(context, variant, files, lines, rest, scales, distillation, sorted(side))
     digest = context.store.write_bytes(raw)
@@ -274,14 +277,30 @@ def _open_pair(context: StepContext) -> Iterator[tuple[TensorFiles, TensorFiles]
 
 
 @contextlib.contextmanager
-def _one_thread_per_operation() -> Iterator[int]:
-    """Parallel over matrices instead of inside each operation, which is too short to share; yields the threads."""
+def _one_thread_per_operation() -> Iterator[None]:
+    """Parallel over matrices instead of inside each operation, which is too short to share."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield threads
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+class _Buffers(threading.local):
+    """Memory of one thread for a tile of each side."""
+
+    def __init__(self) -> None:
+        self.pair = tuple(torch.empty(4 * TILE_ELEMENTS, dtype=torch.uint8) for _ in range(2))
+
+
+_BUFFERS = _Buffers()
+
+
+@lru_cache(maxsize=1)
+def _packers() -> ThreadPoolExecutor:
+    """Two threads for the life of the process, which keep their buffers from one block to the next."""
+    return ThreadPoolExecutor(2)
 
 
 def _pack(linear: Linear, base: TensorFiles, variant: TensorFiles) -> SignPack:
@@ -290,7 +309,8 @@ def _pack(linear: Linear, base: TensorFiles, variant: TensorFiles) -> SignPack:
         signs = sign_pack(ours.tensor(linear.name).T, theirs.tensor(linear.name).T)
     else:
         rows = max(1, TILE_ELEMENTS // linear.inputs)
-        tiles = zip(ours.row_tiles(linear.name, rows), theirs.row_tiles(linear.name, rows), strict=True)
+        one, other = _BUFFERS.pair
+        tiles = zip(ours.row_tiles(linear.name, rows, one), theirs.row_tiles(linear.name, rows, other), strict=True)
         signs = sign_pack_tiles(tiles, linear.outputs, linear.inputs)
     # A sum of finite numbers is finite here unless one of them is not.
     if not torch.tensor(signs.sum_squares).isfinite():
