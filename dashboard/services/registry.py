@@ -55,9 +55,24 @@ def checkpoint_import(
         )
 
 
+MODEL_FILES = ("config.json", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
 def import_folders() -> dict[str, list[str]]:
-    """The folders that may be imported, by import root: names only, nothing in them is opened."""
-    return {root: _folders(path) for root, path in settings.IMPORT_ROOTS.items()}
+    """The folders that hold a model, by import root: only names are read, nothing in them is opened."""
+    return {
+        root: [folder for folder in _folders(path) if _holds_model(os.path.join(path, folder))]
+        for root, path in settings.IMPORT_ROOTS.items()
+    }
+
+
+def _holds_model(folder: str) -> bool:
+    """Whether a file is named like a model's. Pickles count: an import says what to do about them."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.endswith(MODEL_FILES) for entry in entries)
+    except OSError:
+        return True  # what cannot be looked at is better refused by an import, with its reason, than hidden
 
 
 def _folders(path: str) -> list[str]:

@@ -51,7 +51,9 @@ def real_worker(roots: Path, tmp_path: Path) -> Iterator[Execution]:
     present.close()
 
 
-def test_the_listing_shows_folders_and_no_links(roots: Path, settings: Settings) -> None:
+def test_the_listing_shows_folders_of_models_and_no_links(roots: Path, settings: Settings) -> None:
+    (roots / "notes").mkdir()
+    (roots / "notes" / "README.md").write_text("no model here")
     settings.IMPORT_ROOTS = {"models": str(roots), "gone": "/nowhere/at/all"}
     assert import_folders() == {"models": ["base", "variant"], "gone": []}
 
