@@ -114,7 +114,7 @@ class TensorFile:
         return tensor
 
     def row_tiles(self, name: str, rows: int, memory: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
-        """A matrix, ``rows`` rows at a time, in a buffer that is used again for each: ``memory`` (uint8) if it is enough."""
+        """A matrix, ``rows`` rows at a time, in a buffer used again for each (in ``memory``, uint8, if enough)."""
         spec = self.entries[name].spec
         height, width = spec.shape
         shape, dtype = (min(rows, height), width), DTYPES[spec.dtype]

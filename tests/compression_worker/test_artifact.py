@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,6 +256,10 @@ def test_a_disk_that_fills_while_the_folder_is_written_leaves_nothing(
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", no_links)
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(CompressionError, match="no room left") as refused:
         compress(made, tmp_path / "out")

@@ -38,6 +38,7 @@ from compression_worker.methods.bitdelta import layout
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.methods.bitdelta.merge import Merged, load_model
 from compression_worker.methods.bitdelta.training import distill_step
+from compression_worker.store import Store
 from compression_worker.tensors import (
     Spec,
     TensorFiles,
@@ -137,7 +138,7 @@ def layer_step(context: StepContext) -> StepOutput:
 
 def rest_step(context: StepContext) -> StepOutput:
     """Every tensor that is not coded, as it is; what is byte-equal to the base's is only named."""
-    base, variant = (Checkpoint.open(context.store, context.spec.inputs[name]) for name in ("base", "variant"))
+    base, variant = (_checkpoint(context, name) for name in ("base", "variant"))
     parts, aliases = context.spec.params["parts"], dict(variant.manifest["aliases"])
     ours, theirs = base.manifest["tensors"], variant.manifest["tensors"]
     kept = [name for name in sorted(theirs) if parts.get(name) != "linears" and name not in aliases]
@@ -266,9 +267,19 @@ def _say_what_differs(base: Checkpoint, variant: Checkpoint, architecture: Archi
         )
 
 
+def _checkpoint(context: StepContext, name: str) -> Checkpoint:
+    return _opened(context.store, context.spec.inputs[name])
+
+
+@lru_cache(maxsize=4)
+def _opened(store: Store, digest: str) -> Checkpoint:
+    """Remembered, because every layer of a job asks for the same two manifests."""
+    return Checkpoint.open(store, digest)
+
+
 @contextlib.contextmanager
 def _open_pair(context: StepContext) -> Iterator[tuple[TensorFiles, TensorFiles]]:
-    base, variant = (Checkpoint.open(context.store, context.spec.inputs[name]) for name in ("base", "variant"))
+    base, variant = (_checkpoint(context, name) for name in ("base", "variant"))
     with checkpoint_files(base) as ours, checkpoint_files(variant) as theirs:
         # Opened here: threads then find the files open.
         for name in (linear["name"] for linear in context.spec.params["linears"]):
