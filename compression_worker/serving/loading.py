@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from compression_worker.artifact import Artifact, load_artifact_tokenizer
 from compression_worker.artifact import load_model as load_compressed
 from compression_worker.checkpoints import Checkpoint, load_model, load_tokenizer
@@ -35,7 +37,7 @@ class Loader:
     def full_precision(self, digest: str, abandoned: Abandoned) -> Resident:
         """The checkpoint whose manifest is ``digest``. Raises :class:`CompressionError`, :class:`LoadAbandoned`."""
         with self._verified("checkpoint", digest, abandoned) as checkpoint:
-            model = load_model(checkpoint, device=self._device)
+            model = load_model(checkpoint, device=self._device, dtype=answering_dtype(self._device))
             return finished(digest, model, load_tokenizer(checkpoint), abandoned)
 
     def compressed(self, digest: str, base: str, abandoned: Abandoned) -> Resident:
@@ -58,11 +60,19 @@ class Loader:
         return checkpoint
 
 
+def answering_dtype(device: str) -> torch.dtype | None:
+    """float32 on a CPU, as evaluations measure: a sum ``base + scale * sign`` rounded to bfloat16 is another model.
+
+    On a GPU the delta is added by the kernel in float32 and the checkpoint's own dtype stays (None).
+    """
+    return torch.float32 if device == "cpu" else None
+
+
 def on_base(base: Checkpoint, artifact: Artifact, device: str, abandoned: Abandoned) -> Resident:
     """A compressed model from what was opened already; hashes the artifact's files."""
     if abandoned():
         raise LoadAbandoned
-    model = load_compressed(base, artifact, device)
+    model = load_compressed(base, artifact, device, answering_dtype(device))
     return finished(artifact.digest, model, load_artifact_tokenizer(artifact), abandoned)
 
 

@@ -26,8 +26,8 @@ from compression_worker.runner import prepare_torch, run_plan
 from compression_worker.samples import parse_samples, read_samples
 from compression_worker.store import Store
 
-HEADER = """| pair | perplexity: base | variant | initial | distilled | KL: base | initial | distilled | true | nominal | seconds |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = "pair, perplexity: base, variant, initial, distilled, KL: base, initial, distilled, true, nominal, seconds"
+HEADER = f"| {COLUMNS.replace(', ', ' | ')} |\n{'|---' * len(COLUMNS.split(', '))}|"
 
 
 def compress(store: Store, pair: dict[str, str], calibration: str, config: dict[str, Any]) -> tuple[StepOutput, float]:

@@ -103,7 +103,7 @@ def variant_make(base: Path, out: Path, *, steps: int, learning_rate: float, see
         for group in optimizer.param_groups:
             # Down to zero at the end: at a constant rate so few tokens a step leave more noise than learning, and a
             # compressed delta that drops some of the noise would then look better than the variant itself.
-            group["lr"] = learning_rate * min((step + 1) / 5, (steps - step) / (steps - 4), 1.0)
+            group["lr"] = learning_rate * min((step + 1) / 5, (steps - step) / max(1, steps - 4), 1.0)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
