@@ -85,9 +85,9 @@ def every_set(seed: int) -> dict[str, list[dict[str, Any]]]:
     chooser = random.Random(seed)
     return {
         "shakespeare-heldout": text_set(passages(heldout)[:TEXT_SAMPLES]),
-        "word-problems-heldout": text_set(texts.word_problems("word_problems_heldout")),
+        "word-problems-heldout": text_set(texts.marked_word_problems("word_problems_heldout")),
         "shakespeare-calibration": text_set(chooser.sample(passages(training), CALIBRATION_SAMPLES)),
-        "word-problems-calibration": text_set(chooser.sample(texts.word_problems(), CALIBRATION_SAMPLES)),
+        "word-problems-calibration": text_set(chooser.sample(texts.marked_word_problems(), CALIBRATION_SAMPLES)),
         "shakespeare-next-line": next_line_set(heldout, chooser),
     }
 

@@ -115,7 +115,7 @@ def variant_make(base: Path, out: Path, *, steps: int, learning_rate: float, see
 
 
 def _batches(tokenizer: Any, steps: int, seed: int, batch_size: int = 2, length: int = 128) -> Iterator[torch.Tensor]:
-    stream = torch.tensor(tokenizer("\n\n".join(texts.word_problems()), verbose=False)["input_ids"])
+    stream = torch.tensor(tokenizer("\n\n".join(texts.marked_word_problems()), verbose=False)["input_ids"])
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         starts = torch.randint(len(stream) - length, (batch_size,), generator=generator).tolist()

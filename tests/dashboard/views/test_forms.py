@@ -25,6 +25,7 @@ def post(client: Client, route: str, *key: object, **values: object) -> object:
 def folder() -> str:
     root = Path(settings.IMPORT_ROOTS["imports"])
     (root / "a-model").mkdir(exist_ok=True)
+    (root / "a-model" / "config.json").touch()
     return "imports/a-model"
 
 

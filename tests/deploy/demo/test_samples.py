@@ -19,7 +19,9 @@ def every_set() -> dict[str, list[dict[str, object]]]:
 
 
 def training_text() -> str:
-    return "\n".join([texts.shakespeare_split()[0], *texts.word_problems(), *texts.instructions()])
+    return "\n".join(
+        [texts.shakespeare_split()[0], *texts.word_problems(), *texts.marked_word_problems(), *texts.instructions()]
+    )
 
 
 @pytest.mark.parametrize("name", HELD_OUT)
