@@ -9,6 +9,7 @@ from typing import Any
 from django.db.models import DateTimeField, Func, Q
 from django.utils import timezone
 
+from compression_worker.faults import failpoint
 from compression_worker.launcher import Outcome
 from dashboard import transitions
 from dashboard.lifecycle import ATTEMPTS_PER_CAUSE, AttemptOutcome, StepState
@@ -42,6 +43,7 @@ def step_apply(step: Step, change: Change, detail: str, result: dict[str, Any]) 
     now = timezone.now()
     ended = Attempt.objects.filter(step=step, number=change.attempt.number)
     ended.update(outcome=change.attempt.outcome, detail=detail.replace("\0", "")[:20_000], finished_at=now)
+    failpoint("finish.attempt")
     written = Step.objects.filter(pk=step.pk, attempt=step.attempt, state=StepState.RUNNING).update(
         state=change.step.state,
         causes=dict(change.step.causes),
@@ -93,6 +95,7 @@ def leases_return(job: Job) -> int:
         change = transitions.lapse(job_facts(job), step_facts(step), other_states(step), now=step.now)
         step_apply(step, change, detail, {})
         step_job_apply(job, step, change, Outcome(kind="errored", message=detail))
+        failpoint("lapse.return")
     return len(steps)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from django.db import DataError, IntegrityError, transaction
 from django.utils import timezone
 
+from compression_worker.faults import failpoint
 from dashboard import transitions
 from dashboard.lifecycle import AttemptOutcome, JobKind, JobState, Refused, StepState
 from dashboard.models import Attempt, Job
@@ -69,10 +70,12 @@ def cancel_rest(job: Job) -> None:
     job.steps.filter(state__in=sorted(transitions.OPEN_STEP_STATES)).update(
         state=StepState.CANCELLED, owner="", lease_until=None, finished_at=now
     )
+    failpoint("cancel.rest")
 
 
 def _publish(job: Job) -> None:
     """All steps are done: check the result and publish it, in the transaction that makes the job succeeded."""
+    failpoint("publish.begin")
     code, message = "", ""
     try:
         with transaction.atomic():
@@ -82,6 +85,7 @@ def _publish(job: Job) -> None:
     except (KeyError, TypeError, ValueError, DataError, IntegrityError) as error:
         code, message = "bad_result", f"the result cannot be published: {error!r}"
     job_apply(job, transitions.published(job_facts(job), accepted=not code), code=code, message=message)
+    failpoint("publish.done")
 
 
 def job_settle(job: Job) -> None:

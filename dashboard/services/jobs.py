@@ -9,6 +9,7 @@ from django.utils.translation import gettext as _
 
 from compression_worker import catalog
 from compression_worker.contracts import CompressionError, PlannedStep
+from compression_worker.faults import failpoint
 from dashboard.lifecycle import CancelRequest, JobKind, Refused
 from dashboard.models import Checkpoint, Job, SampleSet, User
 from dashboard.services.endings import job_ask_cancel
@@ -91,6 +92,7 @@ def job_cancel(*, actor: User, job: Job, how: CancelRequest | str) -> Job:
     job = Job.objects.select_for_update(no_key=True).get(pk=job.pk)
     with recorded(actor=actor, reason=f"cancel: {how}"):
         job_ask_cancel(job, how)
+        failpoint("cancel.write")
     return job
 
 

@@ -12,6 +12,7 @@ from django.db import connection
 from django.db.models import QuerySet
 from django.utils import timezone
 
+from compression_worker.faults import failpoint
 from compression_worker.store import Store
 from dashboard import transitions
 from dashboard.lifecycle import BlockedReason, JobState, Refused, StepState
@@ -39,8 +40,10 @@ def reconcile() -> bool:
     """
     if not _lock():
         return False
+    failpoint("reconcile.locked")
     with recorded(actor=None, reason="reconciled"):
         _return_leases()
+        failpoint("reconcile.returned")
         _resume_blocked()
         approvals_expire()
         rehearsals_renew()
@@ -89,12 +92,14 @@ def _wake_queues() -> None:
     queues = Step.objects.filter(state=StepState.WAITING, job__state__in=[JobState.QUEUED, JobState.RUNNING])
     for queue in queues.order_by("queue").values_list("queue", flat=True).distinct():
         if ready_step([queue]) is not None:
+            failpoint("reconcile.wake")
             wake_on_commit(queue)
 
 
 @unit_of_work
 def worker_seen(*, name: str, queues: list[str], device: str, pid: int) -> None:
     """Note that a worker process is alive."""
+    failpoint("worker.seen")
     now = timezone.now()
     known = Worker.objects.filter(name=name).update(queues=",".join(queues), device=device, pid=pid, seen_at=now)
     if not known:

@@ -23,6 +23,7 @@ from django.db.models.expressions import Combinable
 from django.utils import timezone
 
 from compression_worker.contracts import PlannedStep, StepSpec
+from compression_worker.faults import failpoint
 from compression_worker.launcher import Outcome
 from dashboard import transitions
 from dashboard.lifecycle import AttemptOutcome, BlockedReason, JobState, StepState
@@ -134,6 +135,7 @@ def step_claim(*, worker: str, queues: list[str]) -> Claim | None:
     for round_ in range(CLAIM_ROUNDS):
         found = _claim_next(worker, queues)
         if isinstance(found, Claim):
+            failpoint("claim.committed")
             return found
         if found is Miss.NOTHING:
             if ready_step(queues) is None:
@@ -156,6 +158,7 @@ def _claim_next(worker: str, queues: list[str]) -> Claim | Miss:
         row = _row(NEXT, {"queues": queues})
         if row is None:
             return Miss.NOTHING
+        failpoint("claim.found")
         if row["state"] == StepState.RUNNING:
             leases_return(Job.objects.get(pk=row["job_id"]))
             return Miss.OUTDATED
@@ -191,6 +194,7 @@ def _take(row: dict[str, Any], worker: str) -> Claim | Miss:
     )
     if taken is None:
         return Miss.OUTDATED
+    failpoint("claim.taken")
     return Claim(
         step_id=row["step_id"],
         job_id=row["job_id"],
@@ -226,6 +230,7 @@ def step_heartbeat(*, claim: Claim, progress: Progress) -> str:
     )
     if not renewed:
         raise LeaseLost(f"step {claim.step_id} is no longer held by attempt {claim.attempt}")
+    failpoint("heartbeat.write")
     return step_watch(claim=claim)
 
 
@@ -258,6 +263,7 @@ def step_finish(*, claim: Claim, outcome: Outcome) -> None:
     Raises :class:`LeaseLost` when the claim no longer holds. Calling again after a commit whose answer was lost is
     harmless.
     """
+    failpoint("finish.begin")
     ending = _ending(outcome)
     try:
         job, step = _locked(claim)
@@ -279,9 +285,12 @@ def step_finish(*, claim: Claim, outcome: Outcome) -> None:
     with recorded(actor=None, reason=f"{step.name}: {outcome.kind}"):
         detail = "\n".join(part for part in (outcome.message, outcome.detail) if part)
         step_apply(step, change, detail, _result(outcome) if ending.outcome == AttemptOutcome.DONE else {})
+        failpoint("finish.step")
         if planned:
             steps_insert(job=job, planned=planned)
+            failpoint("finish.planned")
         step_job_apply(job, step, change, outcome)
+        failpoint("finish.commit")
 
 
 def _ending(outcome: Outcome) -> Ending:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from compression_worker import faults
 from compression_worker.faults import POINTS, Armed, FaultInjected, arm, armed_from, failpoint
 
 ROOT = Path(__file__).resolve().parents[2]
+PRODUCT = ("compression_worker", "dashboard")
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +78,14 @@ def test_the_database_is_lost_by_whoever_has_one(monkeypatch: pytest.MonkeyPatch
 def test_a_wrong_fault_is_refused_with_what_is_wanted(given: str) -> None:
     with pytest.raises(ValueError, match="want name:n:action"):
         armed_from({"FAULT": given})
+
+
+def test_every_place_that_is_named_stands_exactly_once_in_the_code() -> None:
+    found = Counter(
+        name
+        for folder in PRODUCT
+        for path in (ROOT / folder).rglob("*.py")
+        for name in re.findall(r'failpoint\("([^"]+)"\)', path.read_text())
+    )
+    assert set(found) == set(POINTS)
+    assert {name for name, times in found.items() if times > 1} == set()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from django.db import close_old_connections, connection
+from django.db import close_old_connections, connection, transaction
 
 from dashboard.lifecycle import ApprovalState, CancelRequest, Conflict, JobKind, JobState, Refused, Role
 from dashboard.models import (
@@ -135,14 +135,13 @@ def order(seed: int) -> Job:
 
 def desert_a_job() -> bool:
     """A worker claims the first step of a job and is never heard of again: its lease has to run out."""
-    job = order(DESERTED)
-    first = job.steps.get(index=0)
+    with transaction.atomic():
+        first = order(DESERTED).steps.get(index=0)
+        Step.objects.filter(pk=first.pk, attempt=0).update(queue="nowhere")  # until then nobody else sees it
     if first.attempt == 0:
-        Step.objects.filter(pk=first.pk, attempt=0, state="waiting").update(queue="nowhere")
         step_claim(worker="deserter", queues=["nowhere"])
-        Step.objects.filter(pk=first.pk).update(queue="cpu")
-        first.refresh_from_db()
-    return first.attempt > 0
+    Step.objects.filter(pk=first.pk, attempt__gt=0).update(queue="cpu")
+    return Step.objects.filter(pk=first.pk, attempt__gt=0, queue="cpu").exists()
 
 
 def stop_a_job() -> bool:
