@@ -106,6 +106,11 @@ class StepOutput:
     def to_bytes(self) -> bytes:
         return canonical_json({"blobs": self.blobs, "data": self.data, "steps": [s.to_json() for s in self.steps]})
 
+    @staticmethod
+    def is_one(raw: bytes) -> bool:
+        """Whether a document is a step's output and not a manifest or a text."""
+        return raw.startswith(b'{"blobs":')
+
     @classmethod
     def from_bytes(cls, raw: bytes) -> StepOutput:
         value = json.loads(raw)

@@ -51,7 +51,7 @@ PASSED_ON = (
 )
 """Beginnings of the environment variables that a child gets: it holds no password of a database or a broker."""
 
-Kind = Literal["done", "failed", "blocked", "errored", "killed", "cancelled"]
+Kind = Literal["done", "failed", "blocked", "damaged", "errored", "killed", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,8 @@ class Outcome:
     """How one step ended.
 
     done: ``output`` is the digest of its StepOutput. failed: the job says no (``code``, ``message``). blocked: it
-    waits for something (``code`` is the reason, such as ``disk``). errored: the code broke; ``detail`` holds the
+    waits for something (``code`` is the reason, such as ``disk``). damaged: ``inputs`` names outputs of earlier steps
+    that are no longer whole. errored: the code broke; ``detail`` holds the
     traceback. killed: a signal ended the child, not ours. cancelled: ``tick`` asked for it.
     """
 
@@ -73,6 +74,7 @@ class Outcome:
     message: str = ""
     detail: str = ""
     signal: int = 0
+    inputs: tuple[str, ...] = ()
 
 
 def child_command(store: Path, import_roots: Mapping[str, Path] | None = None, device: str = "auto") -> list[str]:
@@ -155,7 +157,7 @@ class Launcher:
             outcome = self._ready_child().exchange(line, on_event, tick)
         finally:
             # A child is reused only after an answer that leaves it sound.
-            if outcome is None or outcome.kind not in ("done", "failed", "blocked"):
+            if outcome is None or outcome.kind not in ("done", "failed", "blocked", "damaged"):
                 self._kill()
         return outcome
 
@@ -307,6 +309,8 @@ def _outcome(line: bytes, on_event: Callable[[Json], None]) -> Outcome | None:
             return Outcome(kind="failed", code=answer["code"], message=answer["message"])
         if kind == "blocked":
             return Outcome(kind="blocked", code=answer["reason"], message=answer["message"])
+        if kind == "damaged":
+            return Outcome(kind="damaged", inputs=tuple(answer["inputs"]), message=answer["message"])
         if kind == "errored":
             return Outcome(kind="errored", message=answer["message"], detail=answer["traceback"])
     except (ValueError, KeyError, TypeError) as error:

@@ -30,6 +30,14 @@ PROGRESS_SECONDS = 0.2
 Emit = Callable[[Json], None]
 
 
+class DamagedInputs(CompressionError):
+    """What a step reads no longer matches its digest; ``names`` says which inputs. Steps can make outputs again."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__("damaged_blob", f"no longer whole: {', '.join(names)}")
+        self.names = names
+
+
 @dataclass(kw_only=True)
 class Runner:
     """Computes steps against one store. ``device`` is cpu, cuda or auto (cuda where there is one)."""
@@ -42,6 +50,8 @@ class Runner:
         """Compute ``spec``; the message that tells its result or why there is none. Never raises for a bad step."""
         try:
             return self._result(spec, cached, emit)
+        except DamagedInputs as error:
+            return {"type": "damaged", "inputs": error.names, "message": error.message}
         except CompressionError as error:
             return {"type": "failed", "code": error.code, "message": error.message}
         except NoRoom as error:
@@ -67,6 +77,8 @@ class Runner:
             import_roots=self.import_roots,
             device="cpu" if spec.kind in TORCH_FREE else resolve_device(self.device),
         )
+        if damaged := self._damaged_inputs(spec):
+            raise DamagedInputs(damaged)
         failpoint("child.compute")
         output = function(context)
         failpoint("child.computed")
@@ -82,13 +94,28 @@ class Runner:
         digest, output, measured = self.compute(spec, emit)
         return _result(digest, output, measured, reused=False)
 
+    def _damaged_inputs(self, spec: StepSpec) -> list[str]:
+        """The inputs that a disk has changed since they were written: nothing is computed from those."""
+        damaged = []
+        for name, digest in spec.inputs.items():
+            try:
+                raw = self.store.read_bytes(digest)
+                if StepOutput.is_one(raw):
+                    self._verify_blobs(StepOutput.from_bytes(raw))
+            except CompressionError:
+                damaged.append(name)
+        return damaged
+
+    def _verify_blobs(self, output: StepOutput) -> None:
+        for blob in output.blobs.values():
+            self.store.verify(blob)
+
     def _verified(self, digest: str, emit: Emit) -> StepOutput | None:
         """The earlier output, when it and each of its blobs still hash to their names."""
         failpoint("child.reuse")
         try:
             output = StepOutput.from_bytes(self.store.read_bytes(digest))
-            for blob in output.blobs.values():
-                self.store.verify(blob)
+            self._verify_blobs(output)
         except CompressionError as error:
             emit({"type": "log", "level": "warning", "text": f"cannot reuse an earlier output: {error.message}"})
             return None

@@ -25,6 +25,8 @@ from dashboard.lifecycle import (
     job_next,
 )
 
+DAMAGED = "damaged"
+"""The cause of a finished step that has to be done again: its output no longer matches its digest."""
 STALLED = "stalled"
 """The code and the cause of an attempt that was killed because nothing moved while its worker was alive."""
 CLAIMABLE_JOB_STATES = frozenset({JobState.QUEUED, JobState.RUNNING})
@@ -74,8 +76,8 @@ class Ending:
     @property
     def cause(self) -> str:
         """What is counted: each kind of breaking apart, and standing still apart from other kills."""
-        is_stalled = self.outcome == AttemptOutcome.KILLED and self.code == STALLED
-        return STALLED if is_stalled else str(self.outcome.value)
+        apart = {AttemptOutcome.KILLED: STALLED, AttemptOutcome.LOST: DAMAGED}
+        return self.code if self.code and apart.get(self.outcome) == self.code else str(self.outcome.value)
 
 
 class Effect(Enum):
@@ -174,6 +176,13 @@ def release(job: JobFacts, step: StepFacts, others: Collection[StepState], *, fe
     return _closed(job, step, others, Ending(outcome=AttemptOutcome.LOST), StepState.WAITING, wake=True)
 
 
+def reopen(job: JobFacts, step: StepFacts, others: Collection[StepState]) -> Change:
+    """The output of a done step was damaged on the disk: it is done again, which counts as a cause of its own."""
+    if step.state != StepState.DONE or is_terminal(job):
+        raise Refused("only a done step of a job that goes on can be done again")
+    return _broke(job, step, others, Ending(outcome=AttemptOutcome.LOST, code=DAMAGED), now=None, pause=timedelta())
+
+
 def is_repeated(attempt: AttemptFacts, ending: Ending) -> bool:
     """Whether ``ending`` says again how the attempt is known to have ended: the answer to the first time was lost."""
     return attempt.outcome == ending.outcome
@@ -215,14 +224,20 @@ def _ended(job: JobFacts, step: StepFacts, ending: Ending, state: StepState, tar
 
 
 def _broke(
-    job: JobFacts, step: StepFacts, others: Collection[StepState], ending: Ending, *, now: datetime, pause: timedelta
+    job: JobFacts,
+    step: StepFacts,
+    others: Collection[StepState],
+    ending: Ending,
+    *,
+    now: datetime | None,
+    pause: timedelta,
 ) -> Change:
     """Again after a pause that grows, until one cause has struck as often as it may."""
     times = step.causes.get(ending.cause, 0) + 1
     counted = replace(step, causes={**step.causes, ending.cause: times})
     if times >= ATTEMPTS_PER_CAUSE:
         return replace(_ended(job, counted, ending, StepState.DEAD, JobState.DEAD), died_of=ending.cause)
-    not_before = now + pause * times if pause else None
+    not_before = now + pause * times if now and pause else None
     return _closed(job, counted, others, ending, StepState.WAITING, not_before=not_before)
 
 
@@ -242,6 +257,11 @@ def cancel_rest(step: StepFacts) -> StepFacts:
     """A step of a job that has ended: one that was open is cancelled, and its holder finds the fence closed."""
     is_open = step.state in OPEN_STEP_STATES
     return replace(step, state=StepState.CANCELLED, lease_until=None) if is_open else step
+
+
+def refuse(job: JobFacts) -> tuple[JobFacts, tuple[Effect, ...]]:
+    """The job says no, outside of any attempt: what it stands on is beyond its reach."""
+    return replace(job, state=job_next(job.state, JobState.FAILED), blocked=""), (Effect.CANCEL_REST,)
 
 
 def published(job: JobFacts, *, accepted: bool) -> JobFacts:

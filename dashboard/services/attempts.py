@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from signal import Signals
 from typing import Any
@@ -38,13 +39,15 @@ def other_states(step: Step) -> set[StepState]:
     return {StepState(state) for state in others.values_list("state", flat=True).distinct()}
 
 
-def step_apply(step: Step, change: Change, detail: str, result: dict[str, Any]) -> None:
+def step_apply(
+    step: Step, change: Change, detail: str, result: dict[str, Any], *, before: StepState = StepState.RUNNING
+) -> None:
     """Close the attempt and take the step out of its lease. A step that waits again has no end yet."""
     now = timezone.now()
     ended = Attempt.objects.filter(step=step, number=change.attempt.number)
     ended.update(outcome=change.attempt.outcome, detail=detail.replace("\0", "")[:20_000], finished_at=now)
     failpoint("finish.attempt")
-    written = Step.objects.filter(pk=step.pk, attempt=step.attempt, state=StepState.RUNNING).update(
+    written = Step.objects.filter(pk=step.pk, attempt=step.attempt, state=before).update(
         state=change.step.state,
         causes=dict(change.step.causes),
         lease_until=change.step.lease_until,
@@ -71,6 +74,7 @@ def _death_notice(step: Step, cause: str, message: str, signal: int) -> str:
     how = {
         AttemptOutcome.KILLED: f"was killed by {_signal_name(signal)}",
         AttemptOutcome.LOST: "was lost with its worker",
+        transitions.DAMAGED: "lost its output to damage on the disk",
         transitions.STALLED: "stood still and was killed",
     }.get(cause, "broke")
     last = f"; the last time: {message}" if message else ""
@@ -97,6 +101,25 @@ def leases_return(job: Job) -> int:
         step_job_apply(job, step, change, Outcome(kind="errored", message=detail))
         failpoint("lapse.return")
     return len(steps)
+
+
+def inputs_reopen(job: Job, step: Step, names: Collection[str]) -> int:
+    """Do the steps again whose outputs ``step`` found damaged as its inputs ``names``; returns how many those are.
+
+    Whoever else needs them waits with it. Inputs that are no outputs of this job's steps are not counted.
+    """
+    given = (step.inputs.get(name, "") for name in names)
+    indices = sorted({int(value[1:]) for value in given if value.startswith("@")})
+    reopened = 0
+    for source in Step.objects.select_for_update(no_key=True).filter(job=job, index__in=indices, state=StepState.DONE):
+        if job.is_terminal:
+            break
+        change = transitions.reopen(job_facts(job), step_facts(source), other_states(source))
+        detail = "its output no longer matches its digest: the disk changed it"
+        step_apply(source, change, detail, {"output": "", "key": ""}, before=StepState.DONE)
+        step_job_apply(job, source, change, Outcome(kind="errored", message=detail))
+        reopened += 1
+    return reopened
 
 
 def _clock() -> Func:

@@ -28,7 +28,15 @@ from compression_worker.launcher import Outcome
 from dashboard import transitions
 from dashboard.lifecycle import AttemptOutcome, BlockedReason, JobState, StepState
 from dashboard.models import Attempt, Job, Step
-from dashboard.services.attempts import facts_of, leases_return, other_states, step_apply, step_facts, step_job_apply
+from dashboard.services.attempts import (
+    facts_of,
+    inputs_reopen,
+    leases_return,
+    other_states,
+    step_apply,
+    step_facts,
+    step_job_apply,
+)
 from dashboard.services.endings import job_apply, job_facts
 from dashboard.services.logs import without_nul
 from dashboard.services.ordering import steps_insert
@@ -264,6 +272,9 @@ def step_finish(*, claim: Claim, outcome: Outcome) -> None:
     harmless.
     """
     failpoint("finish.begin")
+    if outcome.kind == "damaged":
+        _give_back(claim, outcome)
+        return
     ending = _ending(outcome)
     try:
         job, step = _locked(claim)
@@ -291,6 +302,21 @@ def step_finish(*, claim: Claim, outcome: Outcome) -> None:
             failpoint("finish.planned")
         step_job_apply(job, step, change, outcome)
         failpoint("finish.commit")
+
+
+def _give_back(claim: Claim, outcome: Outcome) -> None:
+    """What the step was to be computed from is damaged: it waits until that was made again."""
+    job, step = _locked(claim)
+    with recorded(actor=None, reason=f"{step.name}: {outcome.message}"):
+        change = transitions.release(job_facts(job), step_facts(step), other_states(step), fence=claim.attempt)
+        step_apply(step, change, outcome.message, {})
+        job_apply(job, change.job, change.effects)
+        if not job.is_terminal and not inputs_reopen(job, step, outcome.inputs):
+            job_apply(job, *transitions.refuse(job_facts(job)), code="damaged_blob", message=_beyond_repair(outcome))
+
+
+def _beyond_repair(outcome: Outcome) -> str:
+    return f"{outcome.message}: no step of this job can make that again; import it again or restore it from a backup"
 
 
 def _ending(outcome: Outcome) -> Ending:
