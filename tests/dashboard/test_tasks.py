@@ -171,3 +171,29 @@ def test_nothing_outlives_a_worker_that_is_killed_and_its_step_is_taken_over(sta
     assert time.monotonic() - started < 60
     assert Step.objects.get().attempt == 2
     assert list(Step.objects.get().attempts.values_list("outcome", flat=True)) == ["lost", "done"]
+
+
+def test_a_worker_that_is_never_woken_finds_work_by_itself(
+    start: Start, environment: dict[str, str], broker: EmbeddedBroker, settings: Settings
+) -> None:
+    environment["IDLE_LOOK_SECONDS"] = "0.5"
+    settings.CELERY_BROKER_URL = ""  # nobody sends it a message
+    start()
+    job = order()
+    until(lambda: Job.objects.get(pk=job.pk).state == JobState.SUCCEEDED, what="done without a message", seconds=60)
+
+
+def test_a_worker_works_before_and_while_its_broker_is_away(
+    environment: dict[str, str], broker: EmbeddedBroker, settings: Settings, tmp_path: Path
+) -> None:
+    environment |= {"IDLE_LOOK_SECONDS": "0.5", "CELERY_BROKER_URL": f"redis://127.0.0.1:{processes.free_port()}/0"}
+    settings.CELERY_BROKER_URL = environment["CELERY_BROKER_URL"]
+    job = order()
+    command = [sys.executable, "-m", "celery", "--app", "dashboard", "worker", "--concurrency", "1", "--queues", "cpu"]
+    with (tmp_path / "alone.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        until(lambda: Job.objects.get(pk=job.pk).state == JobState.SUCCEEDED, what="done without a broker", seconds=60)
+    finally:
+        process.kill()
+        process.wait()
