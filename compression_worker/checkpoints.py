@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from compression_worker import gate, intake
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput, canonical_json, sha256
+from compression_worker.faults import failpoint
 from compression_worker.store import NoRoom, Store
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ def import_step(context: StepContext) -> StepOutput:
         raise CompressionError("unknown_root", f"there is no import root '{params['root']}'; known: {known}")
     base = read_manifest(context.store, context.spec.inputs["base"]) if "base" in context.spec.inputs else None
     with intake.open_folder(root, params["folder"]) as folder:
+        failpoint("import.open")
         manifest = _take(context.store, folder, None, params.get("licence", ""), context.progress)
+    failpoint("import.manifest")
     digest = context.store.write_bytes(canonical_json(manifest))
     context.log(f"{len(manifest['tensors']):,} tensors, {manifest['parameters']:,} parameters", "info")
     differences = pair(base, manifest) if base else []
@@ -301,6 +304,7 @@ def _take_weights(
     for shard in shards:
         with _sink(store, link_from / shard.name if link_from else None) as sink:
             tensors |= intake.take_shard(shard, sink, advance)
+        failpoint("import.hashed")
         files[shard.name] = {"sha256": sink.digest, "size": shard.source.size}
     return tensors, files
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from compression_worker.contracts import Json, StepSpec
+from compression_worker.faults import failpoint
 
 TICK_SECONDS = 0.5
 READ_BYTES = 1 << 16
@@ -30,7 +31,7 @@ MAX_LINE_BYTES = 64 << 20
 PR_SET_PDEATHSIG = 1
 PASSED_ON = (
     "CUDA_",
-    "DELTAWORKS_FAULT",
+    "FAULT",
     "DELTAWORKS_KERNELS",
     "HOME",
     "LANG",
@@ -93,18 +94,40 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def start_child(command: list[str], env: dict[str, str], memory_limit: int) -> subprocess.Popen[bytes]:
+    """A child in a process group of its own that dies with the calling thread; ``memory_limit`` in bytes, 0: none."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+        bufsize=0,
+        start_new_session=True,
+        preexec_fn=_bind_to_parent(os.getpid(), memory_limit),
+    )
+
+
 class Launcher:
     """Runs steps in a child that stays warm between them.
 
     ``env`` None means :func:`child_environment` of this process. ``memory_limit_mb`` limits the child's address space
     (0: no limit; a CUDA device reserves far more than it uses, so leave it 0 there). The child dies with the *thread*
-    that started it, as Linux defines a parent's death: call :meth:`run` from a thread that stays.
+    that started it, as Linux defines a parent's death: call :meth:`run` from a thread that stays. ``start`` is how a
+    child comes to be.
     """
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None, memory_limit_mb: int = 0) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        memory_limit_mb: int = 0,
+        start: Callable[[list[str], dict[str, str], int], subprocess.Popen[bytes]] = start_child,
+    ) -> None:
         self._command = list(command)
         self._env = dict(child_environment(os.environ) if env is None else env)
         self._memory_limit = memory_limit_mb << 20
+        self._start = start
         self._child: _Child | None = None
 
     @property
@@ -146,7 +169,8 @@ class Launcher:
         if self._child and self._child.process.poll() is not None:
             self._kill()
         if self._child is None:
-            self._child = _Child(self._command, self._env, self._memory_limit)
+            failpoint("launch.start")
+            self._child = _Child(self._start(self._command, self._env, self._memory_limit))
         return self._child
 
     def _kill(self) -> None:
@@ -158,17 +182,8 @@ class Launcher:
 class _Child:
     """One child process and its pipes."""
 
-    def __init__(self, command: list[str], env: dict[str, str], memory_limit: int) -> None:
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=env,
-            bufsize=0,
-            start_new_session=True,
-            preexec_fn=_bind_to_parent(os.getpid(), memory_limit),
-        )
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
         self._last_words: deque[bytes] = deque(maxlen=200)
         self._selector = selectors.DefaultSelector()
         for pipe in (self._in, self._out, self._err):
@@ -197,6 +212,7 @@ class _Child:
         """Write one line; read until its answer, the child's end, or a tick that says stop."""
         pending = memoryview(line)
         next_tick = time.monotonic()
+        failpoint("launch.sent")
         while True:
             if time.monotonic() >= next_tick:
                 if tick():

@@ -14,6 +14,7 @@ import torch
 
 from compression_worker.checkpoints import Checkpoint, load_model, load_tokenizer
 from compression_worker.contracts import CompressionError, StepContext, StepOutput
+from compression_worker.faults import failpoint
 
 ANSWER_TOKENS = 32
 
@@ -28,6 +29,7 @@ def rehearse_step(context: StepContext) -> StepOutput:
         _compare_tensors(checkpoint, model)
         prompt = context.spec.params["prompt"]
         answer = _answer(model, load_tokenizer(checkpoint), prompt)
+    failpoint("rehearse.restored")
     context.measure("seconds", time.monotonic() - started)
     context.log(f"full precision verified and loaded; it answers: {answer}", "info")
     return StepOutput(

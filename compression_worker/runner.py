@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from compression_worker import catalog
+from compression_worker import catalog, faults
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput, StepSpec
+from compression_worker.faults import failpoint
 from compression_worker.store import NoRoom, Store
 
 TORCH_FREE = frozenset({"checkpoint.import"})
@@ -66,8 +67,11 @@ class Runner:
             import_roots=self.import_roots,
             device="cpu" if spec.kind in TORCH_FREE else resolve_device(self.device),
         )
+        failpoint("child.compute")
         output = function(context)
+        failpoint("child.computed")
         digest = self.store.write_bytes(output.to_bytes())
+        failpoint("child.stored")
         measured.setdefault("seconds", time.monotonic() - started)
         measured["peak_memory_bytes"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return digest, output, measured
@@ -80,6 +84,7 @@ class Runner:
 
     def _verified(self, digest: str, emit: Emit) -> StepOutput | None:
         """The earlier output, when it and each of its blobs still hash to their names."""
+        failpoint("child.reuse")
         try:
             output = StepOutput.from_bytes(self.store.read_bytes(digest))
             for blob in output.blobs.values():
@@ -110,7 +115,11 @@ def serve_lines(runner: Runner, lines: Iterable[bytes], answers: BinaryIO) -> No
         while raw:
             raw = raw[answers.write(raw) :]
 
+    # A child has no database: its parent loses the connection for it.
+    faults.drop_database = lambda: emit({"type": "fault", "action": "drop_db"})
+    failpoint("child.ready")
     for line in lines:
+        failpoint("child.received")
         try:
             message = json.loads(line)
             spec = StepSpec.from_json(message["spec"])
@@ -119,7 +128,9 @@ def serve_lines(runner: Runner, lines: Iterable[bytes], answers: BinaryIO) -> No
         except (ValueError, KeyError, TypeError, ImportError) as error:
             emit(_errored(error))
             continue
-        emit(runner.answer(spec, message.get("cached", ""), emit))
+        answer = runner.answer(spec, message.get("cached", ""), emit)
+        failpoint("child.answer")
+        emit(answer)
 
 
 def run_plan(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from compression_worker.contracts import CompressionError, canonical_json, sha256
+from compression_worker.faults import failpoint
 
 CHUNK = 1 << 20
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -49,7 +50,10 @@ class BlobWriter:
 
     def write(self, data: bytes | memoryview) -> int:
         with _room():
-            self._file.write(data)
+            half = len(data) // 2
+            self._file.write(data[:half])
+            failpoint("store.half")
+            self._file.write(data[half:])
         self._hash.update(data)
         self.size += len(data)
         return len(data)
@@ -89,21 +93,25 @@ class Store:
             handle, name = tempfile.mkstemp(dir=self.root / "tmp")
         temporary = Path(name)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with os.fdopen(handle, "wb") as file, _room():
+                failpoint("store.open")
                 blob = BlobWriter(file)
                 yield blob
-                with _room():
-                    file.flush()
-                    if self.durable:
-                        os.fsync(file.fileno())
+                failpoint("store.written")
+                file.flush()
+                if self.durable:
+                    os.fsync(file.fileno())
+                failpoint("store.synced")
             target = self.path(blob.finish())
             with _room():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.chmod(temporary, 0o444)
                 # Also over a blob that is there: what the disk damaged is whole again when it is written again.
                 os.replace(temporary, target)
+                failpoint("store.renamed")
                 if self.durable:
                     _fsync_folder(target.parent)
+                failpoint("store.settled")
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -138,6 +146,7 @@ class Store:
 
     def read_bytes(self, digest: str) -> bytes:
         """The blob's bytes, re-hashed. Raises :class:`CompressionError` when missing or damaged."""
+        failpoint("store.read")
         try:
             data = self.path(digest).read_bytes()
         except FileNotFoundError:
@@ -155,6 +164,7 @@ class Store:
 
     def verify(self, digest: str) -> None:
         """Hash the blob again. Raises :class:`CompressionError` (``missing_blob``, ``damaged_blob``)."""
+        failpoint("store.verify")
         hasher = hashlib.sha256()
         with self.open(digest) as file:
             while chunk := file.read(CHUNK):
@@ -176,6 +186,7 @@ class Store:
         try:
             for name, digest in files.items():
                 os.symlink(os.path.relpath(self.path(digest), folder), temporary / name)
+            failpoint("store.view")
             with contextlib.suppress(FileExistsError, OSError):
                 os.rename(temporary, folder)
         finally:

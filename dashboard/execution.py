@@ -26,6 +26,8 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError, close_old_connections
 from django.utils import timezone
 
+from compression_worker import faults
+from compression_worker.faults import failpoint
 from compression_worker.launcher import Launcher, Outcome, child_command
 from dashboard.celery import RECONCILE_SECONDS
 from dashboard.lifecycle import CancelRequest
@@ -81,6 +83,8 @@ class Watch:
             self.progress = Progress(done=int(event["done"]), total=int(event["total"]), unit=str(event["unit"]))
         elif event.get("type") == "log" and len(self.lines) < LOG_LINES_HELD:
             self.lines.append((timezone.now(), str(event.get("level", "info")), str(event.get("text", ""))))
+        elif event.get("type") == "fault":
+            faults.ACTIONS[event["action"]]()
 
     def tick(self) -> bool:
         """What is due now; True kills the child. Quick, and never raising when the database is away."""
@@ -106,6 +110,7 @@ class Watch:
             self.renewed = self.beaten = self.looked = now
             self.stored = self.progress
         elif now - self.looked >= WATCH_SECONDS:
+            failpoint("execute.watch")
             asked = step_watch(claim=self.claim)
             self.looked = now
         if now - self.logged >= LOG_SECONDS:
@@ -174,10 +179,13 @@ class Execution:
 
     def _run(self, claim: Claim) -> None:
         log.info("job %s: step '%s', attempt %s", claim.job_id, claim.name, claim.attempt)
+        failpoint("execute.claimed")
         watch = Watch(claim=claim, tend=self.tend)
         outcome = self._compute(claim, watch)
+        failpoint("execute.outcome")
         try:
             _report(claim, watch, outcome)
+            failpoint("execute.reported")
         except LeaseLost as error:
             log.warning("job %s: step '%s' was taken over: %s", claim.job_id, claim.name, error)
 

@@ -1,6 +1,7 @@
-"""The words for every state, each with its meaning, and the state machines as pure functions.
+"""The words for every state, each with its meaning, and which state may follow which.
 
-Services ask here before they write; nothing here reads a clock or a database.
+What an event makes of a job and its steps is decided in ``dashboard.transitions``. Nothing here reads a clock or a
+database.
 """
 
 from __future__ import annotations
@@ -150,20 +151,3 @@ def deployment_next(state: DeploymentState | str, target: DeploymentState) -> De
     if target not in DEPLOYMENT_TRANSITIONS.get(present, frozenset()):
         raise Refused(f"a deployment that is {present.value} cannot become {target.value}")
     return target
-
-
-def step_after_attempt(outcome: AttemptOutcome, times_of_this_cause: int) -> StepState:
-    """Where a step stands after an attempt ended in ``outcome``, counted ``times_of_this_cause`` times by now."""
-    match outcome:
-        case AttemptOutcome.DONE:
-            return StepState.DONE
-        case AttemptOutcome.FAILED:
-            return StepState.FAILED
-        case AttemptOutcome.CANCELLED:
-            return StepState.CANCELLED
-        case AttemptOutcome.BLOCKED:
-            return StepState.WAITING
-        case AttemptOutcome.RUNNING:
-            raise Refused("an attempt that is still running decides nothing")
-        case _:
-            return StepState.DEAD if times_of_this_cause >= ATTEMPTS_PER_CAUSE else StepState.WAITING

@@ -15,6 +15,7 @@ from celery import shared_task
 from celery.signals import worker_process_init, worker_process_shutdown, worker_shutting_down
 from django.conf import settings
 
+from compression_worker.faults import failpoint
 from dashboard.execution import STOPPING, Execution, new_execution, say_goodbye
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def present_execution() -> Execution:
 @shared_task(name="dashboard.tasks.wake")
 def wake(queue: str = "") -> None:
     """Claim, compute and finish steps until none is left. ``queue`` is where the message went; the rows decide."""
+    failpoint("wake.receive")
     _work(Execution.run_all)
 
 

@@ -20,6 +20,7 @@ from compression_worker.contracts import (
     canonical_json,
 )
 from compression_worker.evaluation.config import EvaluationConfig
+from compression_worker.faults import failpoint
 from compression_worker.samples import read_samples
 
 REFERENCE = "variant"
@@ -98,6 +99,7 @@ def target_step(context: StepContext) -> StepOutput:
     if target != REFERENCE and "text" in context.spec.inputs:
         reference = load_target(context, REFERENCE)
     values = measure(context, model, reference, tokenizer)
+    failpoint("evaluation.target")
     digest = context.store.write_bytes(canonical_json(values))
     counts = {name: len(values[name]) for name in ("windows", "choices", "answers")}
     return StepOutput(blobs={VALUES: digest}, data={"target": target} | counts)
@@ -183,6 +185,7 @@ def summary_step(context: StepContext) -> StepOutput:
         choices=choices,
         config=config,
     )
+    failpoint("evaluation.summary")
     return StepOutput(data=data)
 
 

@@ -13,11 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psycopg
 from psycopg.rows import class_row
 
+from compression_worker import faults
+from compression_worker.faults import failpoint
 from compression_worker.serving.switch import Pointer, Status, Switch
 from compression_worker.serving.variants import Variants
 
@@ -117,6 +120,7 @@ class Follower:
             try:
                 with psycopg.connect(self._dsn, **CONNECTION) as connection:
                     logger.info("following the pointer")
+                    faults.drop_database = partial(faults.cut_socket, connection.fileno())
                     while not self._stopping.is_set():
                         self._turn(connection)
                         pause = POLL_SECONDS
@@ -133,6 +137,7 @@ class Follower:
         began = time.monotonic()
         with connection.cursor(row_factory=class_row(Pointer)) as cursor:
             rows = cursor.execute(READ).fetchall()
+        failpoint("server.read")
         self._last_read = time.monotonic()
         for pointer in rows:
             self._see(pointer)
@@ -158,6 +163,7 @@ class Follower:
         statuses = [one for one in self.statuses() if due or self._reported.get(one.environment) != one]
         if not statuses:
             return
+        failpoint("server.report")
         try:
             with connection.cursor() as cursor:
                 cursor.executemany(REPORT, [self._row(status) for status in statuses])

@@ -16,6 +16,7 @@ from compression_worker.artifact import Artifact, load_artifact_tokenizer
 from compression_worker.artifact import load_model as load_compressed
 from compression_worker.checkpoints import Checkpoint, load_model, load_tokenizer
 from compression_worker.contracts import CompressionError
+from compression_worker.faults import failpoint
 from compression_worker.serving.generation import NonFinite, smoke
 from compression_worker.serving.variants import Resident
 from compression_worker.store import Store
@@ -55,6 +56,7 @@ class Loader:
         for name, entry in sorted(checkpoint.manifest["files"].items()):
             if abandoned():
                 raise LoadAbandoned
+            failpoint("server.verify")
             with _named(f"'{name}' of {what} {digest[:12]}"):
                 self._store.verify(entry["sha256"])
         return checkpoint
@@ -81,6 +83,7 @@ def finished(digest: str, model: Any, tokenizer: Any, abandoned: Abandoned) -> R
     if abandoned():
         raise LoadAbandoned
     own_memory(model)
+    failpoint("server.loaded")
     try:
         smoke(model, tokenizer)
     except NonFinite as error:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from compression_worker.contracts import CompressionError
+from compression_worker.faults import failpoint
 from compression_worker.serving.loading import Abandoned, LoadAbandoned
 from compression_worker.serving.variants import Handle, Resident, Variants
 
@@ -142,6 +143,7 @@ class Switch:
     def _load(self, pointer: Pointer) -> None:
         logger.info("%s: loading generation %d, %s", self.environment, pointer.generation, pointer.digest)
         try:
+            failpoint("server.load")
             self._bring(pointer, lambda: self._wanted is not pointer)
         except LoadAbandoned:
             logger.info("%s: the load of generation %d is abandoned", self.environment, pointer.generation)
@@ -181,8 +183,10 @@ class Switch:
 
     def _swap(self, pointer: Pointer, handle: Handle) -> None:
         """Let ``handle`` answer, unless something newer is wanted by now."""
+        failpoint("server.swap")
         with self._lock:
             swapped = self._wanted is pointer and self._variants.swap(handle)
+        failpoint("server.swapped")
         if swapped:
             logger.info("%s: generation %d answers from %s", self.environment, handle.generation, handle.digest)
 

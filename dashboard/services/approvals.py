@@ -10,6 +10,7 @@ from django.utils import timezone
 from django.utils.translation import gettext as _
 
 from compression_worker.contracts import canonical_json, sha256
+from compression_worker.faults import failpoint
 from dashboard.lifecycle import ApprovalState, ArtifactState, Conflict, Refused
 from dashboard.models import Approval, Artifact, Evaluation, Policy, User
 from dashboard.selectors.approvals import evidence_problems, policy_active
@@ -43,6 +44,7 @@ def approval_request(*, actor: User, artifact: Artifact, evaluation: Evaluation,
             is_demo=artifact.is_demo,
         )
         rehearsal_ensure(actor=actor, variant=artifact.variant)
+        failpoint("approve.request")
     return approval
 
 
@@ -130,6 +132,7 @@ def _decide(approval: Approval, state: ApprovalState, actor: User, reason: str) 
     approval.state, approval.decided_by, approval.decided_at, approval.reason = state, actor, timezone.now(), reason
     with recorded(actor=actor, reason=reason):
         approval.save(update_fields=["state", "decided_by", "decided_at", "reason", "expires_at"])
+        failpoint("approve.decide")
     return approval
 
 

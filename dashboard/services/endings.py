@@ -1,25 +1,24 @@
-"""How jobs change state and end: published, failed, cancelled, dead. The caller holds the job's row lock."""
+"""How jobs change state and end: published, failed, cancelled, dead. The caller holds the job's row lock.
+
+``dashboard.transitions`` decides; here its decisions about jobs become rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from django.db import DataError, IntegrityError, transaction
 from django.utils import timezone
 
-from dashboard.lifecycle import (
-    TERMINAL_JOB_STATES,
-    AttemptOutcome,
-    JobKind,
-    JobState,
-    Refused,
-    StepState,
-    job_next,
-)
+from dashboard import transitions
+from dashboard.lifecycle import AttemptOutcome, JobKind, JobState, Refused, StepState
 from dashboard.models import Attempt, Job
 from dashboard.services.evaluations import evaluation_publish
 from dashboard.services.registry import artifact_publish, checkpoint_publish
 from dashboard.services.releases import certificate_publish
+from dashboard.services.wakes import wake_on_commit
+from dashboard.transitions import Effect, JobFacts
 
 PUBLISHERS: dict[str, Any] = {
     JobKind.IMPORT: checkpoint_publish,
@@ -29,22 +28,36 @@ PUBLISHERS: dict[str, Any] = {
 }
 
 
-def job_move(job: Job, target: JobState, *, blocked_reason: str = "") -> None:
-    """Bring the job into ``target``, if its lifecycle allows that from where it is."""
-    job.state = job_next(job.state, target)
-    job.blocked_reason = blocked_reason
-    if target == JobState.RUNNING and job.started_at is None:
+def job_facts(job: Job) -> JobFacts:
+    """What of the row decides."""
+    return JobFacts(state=JobState(job.state), cancel=job.cancel_requested, blocked=job.blocked_reason)
+
+
+def job_apply(
+    job: Job, facts: JobFacts, effects: Collection[Effect] = (), *, code: str = "", message: str = ""
+) -> None:
+    """Bring the row to where ``facts`` says, with what to tell the person, and carry the effects out."""
+    if code or message:
+        job.error_code, job.error = code[:64], message.replace("\0", "")
+    if Effect.CANCEL_REST in effects:
+        cancel_rest(job)
+    _write(job, facts)
+    if Effect.PUBLISH in effects:
+        _publish(job)
+    if Effect.WAKE in effects:
+        wake_on_commit(job.queue)
+
+
+def _write(job: Job, facts: JobFacts) -> None:
+    if facts == job_facts(job):
+        return
+    job.state, job.cancel_requested, job.blocked_reason = facts.state, facts.cancel, facts.blocked
+    if facts.state == JobState.RUNNING and job.started_at is None:
         job.started_at = timezone.now()
-    if target in TERMINAL_JOB_STATES:
+    if transitions.is_terminal(facts):
         job.finished_at = timezone.now()
-    job.save()
-
-
-def job_end(job: Job, target: JobState, *, code: str = "", message: str = "") -> None:
-    """A terminal state, with what to tell the person. Steps that did not end by themselves are cancelled."""
-    job.error_code, job.error = code[:64], message.replace("\0", "")
-    cancel_rest(job)
-    job_move(job, target)
+    changing = ("state", "cancel_requested", "blocked_reason", "started_at", "finished_at", "error_code", "error")
+    job.save(update_fields=changing)
 
 
 def cancel_rest(job: Job) -> None:
@@ -53,20 +66,35 @@ def cancel_rest(job: Job) -> None:
     Attempt.objects.filter(step__job=job, step__state=StepState.RUNNING, outcome=AttemptOutcome.RUNNING).update(
         outcome=AttemptOutcome.CANCELLED, finished_at=now
     )
-    job.steps.filter(state__in=[StepState.WAITING, StepState.RUNNING]).update(
+    job.steps.filter(state__in=sorted(transitions.OPEN_STEP_STATES)).update(
         state=StepState.CANCELLED, owner="", lease_until=None, finished_at=now
     )
 
 
-def job_succeed(job: Job) -> None:
+def _publish(job: Job) -> None:
     """All steps are done: check the result and publish it, in the transaction that makes the job succeeded."""
-    job_move(job, JobState.VERIFYING)
+    code, message = "", ""
     try:
         with transaction.atomic():
             PUBLISHERS[job.kind](job=job, step=job.steps.order_by("-index")[0])
     except Refused as refusal:
-        job_end(job, JobState.FAILED, code="refused_result", message=str(refusal))
+        code, message = "refused_result", str(refusal)
     except (KeyError, TypeError, ValueError, DataError, IntegrityError) as error:
-        job_end(job, JobState.FAILED, code="bad_result", message=f"the result cannot be published: {error!r}")
-    else:
-        job_move(job, JobState.SUCCEEDED)
+        code, message = "bad_result", f"the result cannot be published: {error!r}"
+    job_apply(job, transitions.published(job_facts(job), accepted=not code), code=code, message=message)
+
+
+def job_settle(job: Job) -> None:
+    """A job's state is a function of its steps: end what was cancelled and publish what is complete."""
+    job_apply(job, *transitions.settle(job_facts(job), step_states(job)))
+
+
+def job_ask_cancel(job: Job, how: str) -> None:
+    """A person's wish, and the end of the job where nothing of it is running."""
+    facts, effects = transitions.cancel(job_facts(job), step_states(job), how)
+    job_apply(job, facts, effects)
+
+
+def step_states(job: Job) -> set[StepState]:
+    """The states in which steps of the job are."""
+    return {StepState(state) for state in job.steps.order_by().values_list("state", flat=True).distinct()}

@@ -12,6 +12,7 @@ from django.utils.translation import gettext as _
 
 from compression_worker.contracts import CompressionError, PlannedStep
 from compression_worker.evaluation.config import EvaluationConfig
+from compression_worker.faults import failpoint
 from compression_worker.samples import parse_samples
 from compression_worker.store import NoRoom, Store
 from dashboard.lifecycle import ArtifactState, Conflict, JobKind, Refused
@@ -158,7 +159,7 @@ def evaluation_publish(*, job: Job, step: Step) -> Evaluation:
         raise Refused("the variant was removed during the job")
     if not step.data["metrics"]:
         raise Refused("nothing was measured")
-    return Evaluation.objects.create(
+    evaluation = Evaluation.objects.create(
         variant=job.variant,
         artifact_id=spec["artifact"],
         text_set_id=spec["text_set"],
@@ -168,3 +169,5 @@ def evaluation_publish(*, job: Job, step: Step) -> Evaluation:
         results=step.data,
         is_demo=job.is_demo,
     )
+    failpoint("publish.evaluation")
+    return evaluation

@@ -9,9 +9,9 @@ from django.utils.translation import gettext as _
 
 from compression_worker import catalog
 from compression_worker.contracts import CompressionError, PlannedStep
-from dashboard.lifecycle import CancelRequest, JobKind, JobState, Refused, StepState
+from dashboard.lifecycle import CancelRequest, JobKind, Refused
 from dashboard.models import Checkpoint, Job, SampleSet, User
-from dashboard.services.endings import job_end
+from dashboard.services.endings import job_ask_cancel
 from dashboard.services.ordering import job_order, unique_seed
 from dashboard.services.registry import check_import_name
 from dashboard.services.units import authorise, recorded, unit_of_work
@@ -89,17 +89,8 @@ def job_cancel(*, actor: User, job: Job, how: CancelRequest | str) -> Job:
     """``stop``: the running step ends and is kept; ``kill``: the child is killed. A stop can be raised to a kill."""
     actor = authorise(actor, "job.cancel")
     job = Job.objects.select_for_update(no_key=True).get(pk=job.pk)
-    if how not in CancelRequest.values:
-        raise Refused(_("a job is either stopped or killed"))
-    if job.is_terminal:
-        raise Refused(_("the job has ended already: %(state)s") % {"state": job.get_state_display()})
-    if job.cancel_requested in (how, CancelRequest.KILL):
-        return job
     with recorded(actor=actor, reason=f"cancel: {how}"):
-        job.cancel_requested = how
-        job.save(update_fields=["cancel_requested"])
-        if not job.steps.filter(state=StepState.RUNNING).exists():
-            job_end(job, JobState.CANCELLED)
+        job_ask_cancel(job, how)
     return job
 
 

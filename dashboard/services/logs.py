@@ -6,6 +6,7 @@ from datetime import datetime
 
 from django.utils import timezone
 
+from compression_worker.faults import failpoint
 from dashboard.models import Job, LogLine
 from dashboard.services.units import unit_of_work
 
@@ -26,6 +27,7 @@ def log_append(*, job_id: int, step_id: int | None, lines: list[tuple[datetime, 
     if len(kept) == room:
         at = kept[-1][0]
         kept = [*kept[:-1], (at, "warning", f"the log is full: only {LOG_LINES_PER_JOB} lines are kept")]
+    failpoint("log.append")
     LogLine.objects.bulk_create(
         LogLine(job_id=job_id, step_id=step_id, at=at, level=level[:8], text=without_nul(text)[:LOG_LINE_CHARACTERS])
         for at, level, text in kept

@@ -8,6 +8,7 @@ from typing import Any
 from django.conf import settings
 
 from compression_worker.contracts import PlannedStep
+from compression_worker.faults import failpoint
 from dashboard.lifecycle import JobKind, JobState
 from dashboard.models import Checkpoint, Job, Step, User
 from dashboard.services.wakes import wake_on_commit
@@ -40,7 +41,9 @@ def job_order(
         created_by=actor,
         is_demo=is_demo or bool(variant and variant.is_demo),
     )
+    failpoint("order.job")
     steps_insert(job=job, planned=[first])
+    failpoint("order.steps")
     wake_on_commit(job.queue)
     return job
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
@@ -12,14 +13,16 @@ from django.db.models import QuerySet
 from django.utils import timezone
 
 from compression_worker.store import Store
-from dashboard.lifecycle import BlockedReason, JobState, StepState
+from dashboard import transitions
+from dashboard.lifecycle import BlockedReason, JobState, Refused, StepState
 from dashboard.models import Job, Step, Worker
 from dashboard.services.approvals import approvals_expire
-from dashboard.services.endings import job_move
+from dashboard.services.attempts import leases_return, step_facts
+from dashboard.services.endings import job_apply, job_facts, job_settle
 from dashboard.services.logs import log_line
 from dashboard.services.rehearsals import rehearsals_renew
 from dashboard.services.releases import deployments_observe
-from dashboard.services.steps import job_settle, leases_return, ready_step
+from dashboard.services.steps import ready_step
 from dashboard.services.units import recorded, unit_of_work
 from dashboard.services.wakes import wake_on_commit
 
@@ -70,15 +73,16 @@ def _locked_jobs(ids: Iterable[int] | QuerySet[Any, Any]) -> list[Job]:
 
 
 def _resume_blocked() -> None:
-    """Go on with the jobs that waited for room, now that there is some."""
-    waiting = Job.objects.filter(state=JobState.BLOCKED, blocked_reason=BlockedReason.DISK)
-    if not waiting.exists() or Store(settings.ARTIFACT_ROOT).free_bytes() < settings.RESUME_FREE_BYTES:
+    """Go on with the jobs that waited, now that there is room; what waits for something else than room looks again."""
+    waiting = Job.objects.filter(state=JobState.BLOCKED)
+    if not waiting.exists():
         return
+    has_room = Store(settings.ARTIFACT_ROOT).free_bytes() >= settings.RESUME_FREE_BYTES
     for job in _locked_jobs(waiting.values("pk")):
-        if job.steps.filter(state=StepState.WAITING, not_before__gt=timezone.now()).exists():
-            continue
-        running = job.steps.filter(state=StepState.RUNNING).exists()
-        job_move(job, JobState.RUNNING if running else JobState.QUEUED)
+        steps = [step_facts(step) for step in job.steps.filter(state__in=sorted(transitions.OPEN_STEP_STATES))]
+        is_there = has_room or job.blocked_reason != BlockedReason.DISK
+        with contextlib.suppress(Refused):
+            job_apply(job, transitions.resume(job_facts(job), steps, has_room=is_there, now=timezone.now()))
 
 
 def _wake_queues() -> None:

@@ -9,6 +9,7 @@ from django.core.exceptions import ValidationError
 from django.utils.translation import gettext as _
 
 from compression_worker.contracts import PlannedStep
+from compression_worker.faults import failpoint
 from dashboard.lifecycle import ACTIVE_JOB_STATES, ArtifactState, JobKind, Refused
 from dashboard.models import Artifact, Checkpoint, Environment, Job, Step, User
 from dashboard.services.ordering import job_order, unique_seed
@@ -109,7 +110,7 @@ def checkpoint_publish(*, job: Job, step: Step) -> Checkpoint:
     base = _base_of(job)
     if Checkpoint.objects.filter(name=name).exists():
         raise Refused(f"a checkpoint named '{name}' was imported in the meantime: import again under another name")
-    return Checkpoint.objects.create(
+    checkpoint = Checkpoint.objects.create(
         name=name,
         base=base,
         digest=step.data["checkpoint"],
@@ -125,6 +126,8 @@ def checkpoint_publish(*, job: Job, step: Step) -> Checkpoint:
         created_by=job.created_by,
         is_demo=job.is_demo,
     )
+    failpoint("publish.checkpoint")
+    return checkpoint
 
 
 def _base_of(job: Job) -> Checkpoint | None:
@@ -143,7 +146,7 @@ def artifact_publish(*, job: Job, step: Step) -> Artifact:
     if variant is None or variant.base is None:
         raise Refused("the variant or its base was removed during the job")
     _check_artifact(data, variant, variant.base)
-    return Artifact.objects.create(
+    artifact = Artifact.objects.create(
         name=f"{variant.name}-{data['name_hint']}"[:200],
         variant=variant,
         base=variant.base,
@@ -160,6 +163,8 @@ def artifact_publish(*, job: Job, step: Step) -> Artifact:
         state=ArtifactState.PUBLISHED,
         is_demo=job.is_demo,
     )
+    failpoint("publish.artifact")
+    return artifact
 
 
 def _check_artifact(data: dict[str, object], variant: Checkpoint, base: Checkpoint) -> None:

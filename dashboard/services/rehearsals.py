@@ -10,6 +10,7 @@ from django.utils import timezone
 from django.utils.translation import gettext as _
 
 from compression_worker.contracts import PlannedStep
+from compression_worker.faults import failpoint
 from dashboard.lifecycle import ACTIVE_JOB_STATES, ApprovalState, ArtifactState, JobKind, Refused
 from dashboard.models import Approval, Checkpoint, Job, RollbackCertificate, Step, User
 from dashboard.selectors.approvals import certificate_valid
@@ -69,7 +70,7 @@ def certificate_publish(*, job: Job, step: Step) -> RollbackCertificate:
         raise Refused("the variant was removed or replaced during the rehearsal")
     if not data["answer"].strip():
         raise Refused(f"full precision of '{variant.name}' loaded, but gave no answer to the prompt")
-    return RollbackCertificate.objects.create(
+    certificate = RollbackCertificate.objects.create(
         variant=variant,
         job=job,
         digest=variant.digest,
@@ -77,6 +78,8 @@ def certificate_publish(*, job: Job, step: Step) -> RollbackCertificate:
         details=data,
         expires_at=timezone.now() + timedelta(hours=settings.ROLLBACK_CERTIFICATE_HOURS),
     )
+    failpoint("publish.certificate")
+    return certificate
 
 
 def rehearsals_renew() -> None:

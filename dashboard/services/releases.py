@@ -12,6 +12,7 @@ from django.conf import settings
 from django.utils import timezone
 from django.utils.translation import gettext as _
 
+from compression_worker.faults import failpoint
 from dashboard.lifecycle import (
     ArtifactState,
     Conflict,
@@ -139,6 +140,7 @@ def _locked(environment: Environment, seen_generation: int) -> Environment:
     present = Environment.objects.select_for_update(no_key=True).get(pk=environment.pk)
     if present.generation != seen_generation:
         raise _outdated(present.name, seen_generation)
+    failpoint("deploy.locked")
     return present
 
 
@@ -162,8 +164,10 @@ def _point(
     deployment.environment, deployment.generation = environment, seen + 1
     deployment.reason = required(reason, _("Say why: the reason is kept in the history."))
     deployment.replaces, deployment.created_by = replaced, actor
+    failpoint("deploy.checked")
     with recorded(actor=actor, reason=deployment.reason):
         deployment.save(force_insert=True)
+        failpoint("deploy.row")
         moved = Environment.objects.filter(pk=environment.pk, generation=seen).update(
             generation=seen + 1, active=deployment
         )
@@ -172,6 +176,7 @@ def _point(
         if replaced is not None:
             replaced.state, replaced.ended_at = deployment_next(replaced.state, former), timezone.now()
             replaced.save(update_fields=["state", "ended_at"])
+        failpoint("deploy.pointer")
     return deployment
 
 
@@ -204,6 +209,7 @@ def _observe(deployment: Deployment) -> bool:
         deployment.live_at = deployment.live_at or timezone.now()
     with recorded(actor=None, reason=detail or "reported by a server"):
         deployment.save(update_fields=["state", "detail", "live_at"])
+        failpoint("deploy.observed")
     return True
 
 

@@ -1,41 +1,42 @@
 """The worker's side of a job: claim a step, keep its lease, finish it under its fence.
 
 A lease says who computes, by the database's clock. The fence (``attempt``) says who may write: one number per claim,
-never reset, in the WHERE of every later write. Whoever changes a job's steps holds the job's row lock first.
+never reset, in the WHERE of every later write. Whoever changes a job's steps holds the job's row lock first; a worker
+that looks for work passes over jobs that somebody else holds. ``dashboard.transitions`` decides, here it becomes rows.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import random
+import time
 from dataclasses import dataclass
 from datetime import timedelta
-from signal import Signals
+from enum import Enum
 from typing import Any
 
 from django.conf import settings
 from django.db import connection
-from django.db.models import DateTimeField, ExpressionWrapper, F, Func, Q, Value
+from django.db.models import DateTimeField, ExpressionWrapper, Func, Value
 from django.db.models.expressions import Combinable
 from django.utils import timezone
 
 from compression_worker.contracts import PlannedStep, StepSpec
 from compression_worker.launcher import Outcome
-from dashboard.lifecycle import (
-    ATTEMPTS_PER_CAUSE,
-    AttemptOutcome,
-    BlockedReason,
-    JobState,
-    StepState,
-    step_after_attempt,
-)
+from dashboard import transitions
+from dashboard.lifecycle import AttemptOutcome, BlockedReason, JobState, StepState
 from dashboard.models import Attempt, Job, Step
-from dashboard.services.endings import cancel_rest, job_end, job_move, job_succeed
+from dashboard.services.attempts import facts_of, leases_return, other_states, step_apply, step_facts, step_job_apply
+from dashboard.services.endings import job_apply, job_facts
 from dashboard.services.logs import without_nul
 from dashboard.services.ordering import steps_insert
 from dashboard.services.units import recorded, unit_of_work
-from dashboard.services.wakes import wake_on_commit
+from dashboard.transitions import AttemptFacts, Ending, JobFacts
 
 CLAIM_ROUNDS = 20
+"""How often a worker looks again when what it wanted was taken or held by somebody else just then."""
+LONGEST_LOOK_AWAY = 0.05
 
 
 class LeaseLost(Exception):
@@ -61,103 +62,150 @@ class Progress:
     unit: str = ""
 
 
-NEXT_READY = """
-    SELECT s.id, s.job_id
-    FROM dashboard_step s JOIN dashboard_job j ON j.id = s.job_id
-    WHERE j.state IN ('queued', 'running') AND j.cancel_requested = '' AND s.queue = ANY(%(queues)s)
-      AND (%(job)s::bigint IS NULL OR j.id = %(job)s)
-      AND (
-        (s.state = 'running' AND s.lease_until < clock_timestamp())
-        OR (
-          s.state = 'waiting' AND (s.not_before IS NULL OR s.not_before <= clock_timestamp())
-          AND NOT EXISTS (
-            SELECT 1 FROM jsonb_each_text(s.inputs) needed
-            WHERE needed.value LIKE '@%%' AND NOT EXISTS (
-              SELECT 1 FROM dashboard_step d
-              WHERE d.job_id = s.job_id AND '@' || d.index = needed.value AND d.state = 'done'
+class Miss(Enum):
+    """Why a look for work took nothing."""
+
+    NOTHING = "nothing"  # there is nothing to do, or the jobs that have work are held by somebody else just now
+    OUTDATED = "outdated"  # what was found had moved on, or had to be put right first: look again
+
+
+READY = """
+    FROM dashboard_job j CROSS JOIN LATERAL (
+      SELECT * FROM dashboard_step open
+      WHERE open.job_id = j.id AND open.state IN ('waiting', 'running') AND open.queue = ANY(%(queues)s)
+        AND (
+          (open.state = 'running' AND open.lease_until < clock_timestamp())
+          OR (
+            open.state = 'waiting' AND (open.not_before IS NULL OR open.not_before <= clock_timestamp())
+            AND NOT EXISTS (
+              SELECT 1 FROM jsonb_each_text(open.inputs) needed
+              WHERE needed.value LIKE '@%%' AND NOT EXISTS (
+                SELECT 1 FROM dashboard_step made
+                WHERE made.job_id = open.job_id AND made.index = substr(needed.value, 2)::int AND made.state = 'done'
+              )
             )
           )
         )
-      )
-    ORDER BY j.priority DESC, j.id, s.index
+      ORDER BY open.index LIMIT 1
+    ) s
+    WHERE j.state IN ('queued', 'running') AND j.cancel_requested = ''
+    ORDER BY j.priority DESC, j.id
     LIMIT 1
 """
 """The step to do next. A running one whose lease lapsed counts: its claimer is gone."""
 
+NEXT = f"""
+    SELECT j.id AS job_id, j.state AS job_state, j.cancel_requested, j.blocked_reason,
+      s.id AS step_id, s.state, s.attempt, s.causes, s.lease_until, s.not_before,
+      s.name, s.kind, s.params, s.seed, clock_timestamp() AS now,
+      (
+        SELECT jsonb_object_agg(needed.key, CASE WHEN needed.value LIKE '@%%' THEN made.output ELSE needed.value END)
+        FROM jsonb_each_text(s.inputs) needed
+        LEFT JOIN dashboard_step made ON made.job_id = s.job_id AND made.state = 'done'
+          AND made.index = CASE WHEN needed.value LIKE '@%%' THEN substr(needed.value, 2)::int END
+      ) AS inputs
+    {READY}
+    FOR NO KEY UPDATE OF j SKIP LOCKED
+"""
+"""All that a claim needs to know, with its job locked. A job that somebody else holds is passed over."""
+
+TAKE = """
+    WITH taken AS (
+      UPDATE dashboard_step SET state = %(state)s, attempt = %(attempt)s, owner = %(worker)s,
+        lease_until = %(lease_until)s, not_before = %(not_before)s, key = %(key)s, progress_done = 0,
+        progress_total = 0, progress_unit = '', progress_at = NULL, started_at = %(now)s, finished_at = NULL
+      WHERE id = %(step)s AND attempt = %(seen)s AND state = 'waiting'
+      RETURNING id
+    ), noted AS (
+      INSERT INTO dashboard_attempt (step_id, number, worker, outcome, detail, started_at)
+      SELECT id, %(attempt)s, %(worker)s, 'running', '', %(now)s FROM taken
+    ), moved AS (
+      UPDATE dashboard_job SET state = %(job_state)s, started_at = COALESCE(started_at, %(now)s)
+      WHERE id = %(job)s AND state <> %(job_state)s AND EXISTS (SELECT 1 FROM taken)
+    )
+    SELECT (SELECT output FROM dashboard_step WHERE key = %(key)s AND state = 'done' ORDER BY id DESC LIMIT 1)
+    FROM taken
+"""
+"""Write a claim down, unless the step moved on after it was looked at; gives the output of a done step with its key."""
+
 
 def step_claim(*, worker: str, queues: list[str]) -> Claim | None:
     """The next ready step of ``queues``, leased to ``worker``; None when there is none."""
-    for _round in range(CLAIM_ROUNDS):
-        candidate = ready_step(queues)
-        if candidate is None:
-            return None
-        claim = _claim_in_job(candidate[1], worker, queues)
-        if claim is not None:
-            return claim
+    for round_ in range(CLAIM_ROUNDS):
+        found = _claim_next(worker, queues)
+        if isinstance(found, Claim):
+            return found
+        if found is Miss.NOTHING:
+            if ready_step(queues) is None:
+                return None
+            time.sleep(min(LONGEST_LOOK_AWAY, 0.001 * 2**round_) * random.uniform(0.5, 1.0))
     return None
 
 
-def ready_step(queues: list[str], job_id: int | None = None, *, lock: bool = False) -> tuple[int, int] | None:
-    """(step, job) of what would be claimed next. Without ``lock`` it is only a hint, soon outdated."""
+def ready_step(queues: list[str]) -> tuple[int, int] | None:
+    """(step, job) of what would be claimed next. Only a hint, soon outdated: nothing is locked."""
     with connection.cursor() as cursor:
-        suffix = "FOR UPDATE OF s SKIP LOCKED" if lock else ""
-        cursor.execute(NEXT_READY + suffix, {"queues": queues, "job": job_id})
+        cursor.execute(f"SELECT s.id, j.id {READY}", {"queues": queues})
         row: tuple[int, int] | None = cursor.fetchone()
     return row
 
 
 @unit_of_work
-def _claim_in_job(job_id: int, worker: str, queues: list[str]) -> Claim | None:
+def _claim_next(worker: str, queues: list[str]) -> Claim | Miss:
     with recorded(actor=None, reason=f"claimed by {worker}"):
-        job = _locked_job(job_id)
-        if job is None:
-            return None
-        leases_return(job)
-        found = ready_step(queues, job_id, lock=True)
-        return None if found is None else _take(Step.objects.get(pk=found[0]), job, worker)
+        row = _row(NEXT, {"queues": queues})
+        if row is None:
+            return Miss.NOTHING
+        if row["state"] == StepState.RUNNING:
+            leases_return(Job.objects.get(pk=row["job_id"]))
+            return Miss.OUTDATED
+        return _take(row, worker)
 
 
-def _locked_job(job_id: int) -> Job | None:
-    """The job, locked until the transaction ends; None when somebody removed it."""
-    return Job.objects.select_for_update(no_key=True).filter(pk=job_id).first()
-
-
-def _take(step: Step, job: Job, worker: str) -> Claim:
-    spec = StepSpec(kind=step.kind, params=step.params, inputs=_resolved(step), seed=step.seed)
-    now = timezone.now()
-    Step.objects.filter(pk=step.pk).update(
-        state=StepState.RUNNING,
-        attempt=F("attempt") + 1,
-        owner=worker,
-        lease_until=_lease_end(),
-        not_before=None,
-        key=spec.key,
-        progress_done=0,
-        progress_total=0,
-        progress_unit="",
-        progress_at=None,
-        started_at=now,
-        finished_at=None,
+def _take(row: dict[str, Any], worker: str) -> Claim | Miss:
+    inputs: dict[str, str] = json.loads(row["inputs"] or "{}")
+    spec = StepSpec(kind=row["kind"], params=json.loads(row["params"]), inputs=inputs, seed=row["seed"])
+    job = JobFacts(state=JobState(row["job_state"]), cancel=row["cancel_requested"], blocked=row["blocked_reason"])
+    change = transitions.claim(
+        job,
+        facts_of(row["state"], row["attempt"], json.loads(row["causes"]), row["lease_until"], row["not_before"]),
+        inputs_done=None not in inputs.values(),
+        now=row["now"],
+        lease=timedelta(seconds=settings.LEASE_SECONDS),
     )
-    step.refresh_from_db(fields=["attempt"])
-    Attempt.objects.create(step=step, number=step.attempt, worker=worker, started_at=now)
-    if job.state != JobState.RUNNING:
-        job_move(job, JobState.RUNNING)
-    cached = Step.objects.filter(key=spec.key, state=StepState.DONE).order_by("-id").values_list("output", flat=True)
+    taken = _row(
+        TAKE,
+        {
+            "step": row["step_id"],
+            "job": row["job_id"],
+            "seen": row["attempt"],
+            "worker": worker,
+            "key": spec.key,
+            "now": row["now"],
+            "attempt": change.attempt.number,
+            "state": str(change.step.state),
+            "lease_until": change.step.lease_until,
+            "not_before": change.step.not_before,
+            "job_state": str(change.job.state),
+        },
+    )
+    if taken is None:
+        return Miss.OUTDATED
     return Claim(
-        step_id=step.pk,
-        job_id=job.pk,
-        attempt=step.attempt,
-        name=step.name,
+        step_id=row["step_id"],
+        job_id=row["job_id"],
+        attempt=change.attempt.number,
+        name=row["name"],
         spec=spec,
-        cached=cached.first() or "",
+        cached=taken["output"] or "",
     )
 
 
-def _resolved(step: Step) -> dict[str, str]:
-    """The step's inputs as digests: ``@N`` becomes the output of the job's step N, which is done by now."""
-    outputs = dict(Step.objects.filter(job_id=step.job_id, state=StepState.DONE).values_list("index", "output"))
-    return {name: outputs[int(value[1:])] if value.startswith("@") else value for name, value in step.inputs.items()}
+def _row(query: str, values: dict[str, Any]) -> dict[str, Any] | None:
+    with connection.cursor() as cursor:
+        cursor.execute(query, values)
+        row = cursor.fetchone()
+        return None if row is None else dict(zip((column.name for column in cursor.description), row, strict=True))
 
 
 def _lease_end() -> Combinable:
@@ -190,8 +238,17 @@ def step_watch(*, claim: Claim) -> str:
 
 
 def _held(claim: Claim) -> Any:
-    """The step, if the fence still lets this claim write."""
+    """The step, if the fence still lets this claim write: :func:`transitions.holds_fence` as a WHERE."""
     return Step.objects.filter(pk=claim.step_id, attempt=claim.attempt, state=StepState.RUNNING)
+
+
+def _locked(claim: Claim) -> tuple[Job, Step]:
+    """The claim's job and step, locked in this order; raises :class:`LeaseLost` when the claim no longer holds."""
+    job = Job.objects.select_for_update(no_key=True).filter(pk=claim.job_id).first()
+    step = _held(claim).select_for_update(no_key=True).first()
+    if job is None or step is None:
+        raise LeaseLost(f"step {claim.step_id} is no longer held by attempt {claim.attempt}")
+    return job, step
 
 
 @unit_of_work
@@ -201,137 +258,58 @@ def step_finish(*, claim: Claim, outcome: Outcome) -> None:
     Raises :class:`LeaseLost` when the claim no longer holds. Calling again after a commit whose answer was lost is
     harmless.
     """
-    job, step = _locked_job(claim.job_id), _held(claim).select_for_update().first()
-    if job is None or step is None:
-        if _finished_before(claim, outcome):
-            return
-        raise LeaseLost(f"step {claim.step_id} is no longer held by attempt {claim.attempt}")
-    with recorded(actor=None, reason=f"{step.name}: {outcome.kind}"):
-        _write_ending(job, step, outcome)
-
-
-def _finished_before(claim: Claim, outcome: Outcome) -> bool:
-    ended = Attempt.objects.filter(step_id=claim.step_id, number=claim.attempt).values_list("outcome", flat=True)
-    return ended.first() == outcome.kind
-
-
-def _write_ending(job: Job, step: Step, outcome: Outcome) -> None:
-    kind = AttemptOutcome(outcome.kind)
-    attempt_end(step, kind, "\n".join(part for part in (outcome.message, outcome.detail) if part))
-    match kind:
-        case AttemptOutcome.DONE:
-            _done(job, step, outcome)
-        case AttemptOutcome.FAILED:
-            _close(step, StepState.FAILED)
-            job_end(job, JobState.FAILED, code=outcome.code, message=outcome.message)
-        case AttemptOutcome.BLOCKED:
-            _blocked(job, step)
-        case AttemptOutcome.CANCELLED:
-            _close(step, StepState.CANCELLED if job.cancel_requested else StepState.WAITING)
-        case _:
-            _broke(job, step, kind, outcome.message, outcome.signal)
-    job_settle(job)
-
-
-def attempt_end(step: Step, kind: AttemptOutcome, detail: str) -> None:
-    """Close the attempt that holds the step."""
-    Attempt.objects.filter(step=step, number=step.attempt).update(
-        outcome=kind, detail=detail.replace("\0", "")[:20_000], finished_at=timezone.now()
-    )
-
-
-def _done(job: Job, step: Step, outcome: Outcome) -> None:
-    _close(
-        step,
-        StepState.DONE,
-        output=outcome.output,
-        data=storable(outcome.data | ({"measured": outcome.measured} if outcome.measured else {})),
-        reused=outcome.reused,
-    )
-    planned = [PlannedStep(**value) for value in outcome.steps]
-    if planned:
-        steps_insert(job=job, planned=planned)
-    wake_on_commit(job.queue)
-
-
-def _blocked(job: Job, step: Step) -> None:
-    """No room on the disk: given back without counting. The reconciler goes on with it when there is room again."""
-    _close(step, StepState.WAITING, not_before=timezone.now() + timedelta(seconds=settings.RETRY_SECONDS))
-    if job.state != JobState.BLOCKED:
-        job_move(job, JobState.BLOCKED, blocked_reason=BlockedReason.DISK)
-
-
-def _broke(job: Job, step: Step, kind: AttemptOutcome, message: str, signal: int | None = None) -> None:
-    """The code broke, a signal ended it, or its worker is gone: again after a pause, until one cause struck thrice."""
-    times = step.causes.get(kind, 0) + 1
-    state = step_after_attempt(kind, times)
-    pause = timedelta(seconds=settings.RETRY_SECONDS * times) if kind != AttemptOutcome.LOST else timedelta()
-    waits_until = timezone.now() + pause if state == StepState.WAITING else None
-    _close(step, state, causes=step.causes | {str(kind): times}, not_before=waits_until)
-    if state == StepState.DEAD:
-        job_end(job, JobState.DEAD, code=str(kind), message=_death_notice(step, kind, message, signal))
-
-
-def _death_notice(step: Step, kind: AttemptOutcome, message: str, signal: int | None) -> str:
-    how = {
-        AttemptOutcome.KILLED: f"was killed by {_signal_name(signal)}",
-        AttemptOutcome.LOST: "was lost with its worker",
-    }.get(kind, "broke")
-    last = f"; the last time: {message}" if message else ""
-    return f"step '{step.name}' {how} {ATTEMPTS_PER_CAUSE} times{last}"
-
-
-def _signal_name(signal: int | None) -> str:
+    ending = _ending(outcome)
     try:
-        return f"signal {signal} ({Signals(signal).name})" if signal else "a signal"
-    except ValueError:
-        return f"signal {signal}"
+        job, step = _locked(claim)
+    except LeaseLost:
+        if _is_repeated(claim, ending):
+            return
+        raise
+    planned = [PlannedStep(**value) for value in outcome.steps]
+    others = other_states(step) | ({StepState.WAITING} if planned else set())
+    change = transitions.finish(
+        job_facts(job),
+        step_facts(step),
+        others,
+        ending,
+        fence=claim.attempt,
+        now=timezone.now(),
+        pause=timedelta(seconds=settings.RETRY_SECONDS),
+    )
+    with recorded(actor=None, reason=f"{step.name}: {outcome.kind}"):
+        detail = "\n".join(part for part in (outcome.message, outcome.detail) if part)
+        step_apply(step, change, detail, _result(outcome) if ending.outcome == AttemptOutcome.DONE else {})
+        if planned:
+            steps_insert(job=job, planned=planned)
+        step_job_apply(job, step, change, outcome)
 
 
-def _close(step: Step, state: StepState, **values: Any) -> None:
-    """Take the step out of its lease. A step that waits again has no end yet."""
-    ended = None if state == StepState.WAITING else timezone.now()
-    for name, value in (values | {"state": state, "owner": "", "lease_until": None, "finished_at": ended}).items():
-        setattr(step, name, value)
-    step.save()
+def _ending(outcome: Outcome) -> Ending:
+    kind = AttemptOutcome(outcome.kind)
+    known = outcome.code in BlockedReason.values
+    reason = (outcome.code if known else BlockedReason.DISK.value) if kind == AttemptOutcome.BLOCKED else ""
+    return Ending(outcome=kind, code=outcome.code, reason=reason)
+
+
+def _is_repeated(claim: Claim, ending: Ending) -> bool:
+    ended = Attempt.objects.filter(step_id=claim.step_id, number=claim.attempt).values_list("outcome", flat=True)
+    known = [AttemptFacts(number=claim.attempt, outcome=AttemptOutcome(outcome)) for outcome in ended]
+    return any(transitions.is_repeated(attempt, ending) for attempt in known)
+
+
+def _result(outcome: Outcome) -> dict[str, Any]:
+    measured = {"measured": dict(outcome.measured)} if outcome.measured else {}
+    return {"output": outcome.output, "data": storable(outcome.data | measured), "reused": outcome.reused}
 
 
 @unit_of_work
 def step_release(*, claim: Claim, detail: str) -> None:
     """Give the step back without counting the attempt: its worker is asked to end, the step is not at fault."""
-    job, step = _locked_job(claim.job_id), _held(claim).select_for_update().first()
-    if job is None or step is None:
-        raise LeaseLost(f"step {claim.step_id} is no longer held by attempt {claim.attempt}")
+    job, step = _locked(claim)
+    change = transitions.release(job_facts(job), step_facts(step), other_states(step), fence=claim.attempt)
     with recorded(actor=None, reason=detail):
-        attempt_end(step, AttemptOutcome.LOST, detail)
-        _close(step, StepState.WAITING)
-        job_settle(job)
-        wake_on_commit(job.queue)
-
-
-def leases_return(job: Job) -> int:
-    """End the attempts of ``job`` (locked by the caller) whose lease ran out; returns how many there were."""
-    lapsed = Step.objects.filter(Q(lease_until__lt=Func(function="clock_timestamp")), job=job, state=StepState.RUNNING)
-    steps = list(lapsed.select_for_update(skip_locked=True).order_by("index"))
-    for step in steps:
-        detail = f"the lease of {step.owner} ran out"
-        attempt_end(step, AttemptOutcome.LOST, detail)
-        _broke(job, step, AttemptOutcome.LOST, detail)
-    if steps:
-        job_settle(job)
-    return len(steps)
-
-
-def job_settle(job: Job) -> None:
-    """A job's state is a function of its steps: end what was cancelled and publish what is complete."""
-    if job.is_terminal:
-        return
-    states = set(job.steps.values_list("state", flat=True))
-    if job.cancel_requested and StepState.RUNNING not in states and states != {StepState.DONE}:
-        cancel_rest(job)
-        job_end(job, JobState.CANCELLED)
-    elif states == {StepState.DONE}:
-        job_succeed(job)
+        step_apply(step, change, detail, {})
+        job_apply(job, change.job, change.effects)
 
 
 def storable(value: Any) -> Any:

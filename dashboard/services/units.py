@@ -14,6 +14,8 @@ from django.core.exceptions import PermissionDenied
 from django.db import InterfaceError, OperationalError, connection, transaction
 from django.utils.translation import gettext as _
 
+from compression_worker import faults
+from compression_worker.faults import failpoint
 from dashboard.lifecycle import Refused
 from dashboard.models import User
 from dashboard.permissions import allows
@@ -73,6 +75,13 @@ def recorded(*, actor: User | None, reason: str) -> Iterator[None]:
     who = {} if actor is None else {"user": actor.pk}
     with pghistory.context(reason=reason, **who):
         yield
+        failpoint("audit.insert")
+
+
+def cut_connection() -> None:
+    """Lose the connection to the database as a broken cable would: the fault ``drop_db``."""
+    if connection.connection is not None:
+        faults.cut_socket(connection.connection.fileno())
 
 
 def authorise(actor: User, action: str) -> User:

@@ -8,6 +8,7 @@ from django.conf import settings
 from django.db import transaction
 from kombu.exceptions import OperationalError
 
+from compression_worker.faults import failpoint
 from dashboard.celery import app
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ def wake_on_commit(queue: str) -> None:
 
 def wake(queue: str) -> None:
     """Tell a worker of ``queue`` that there may be something to claim. Never raises when the broker is away."""
+    failpoint("wake.send")
     if not settings.CELERY_BROKER_URL:
         return
     try:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import pytest
 
 from dashboard.lifecycle import (
-    ATTEMPTS_PER_CAUSE,
     DEPLOYMENT_TRANSITIONS,
     JOB_TRANSITIONS,
     TERMINAL_JOB_STATES,
-    AttemptOutcome,
     DeploymentState,
     JobState,
     Refused,
-    StepState,
     deployment_next,
     job_next,
-    step_after_attempt,
 )
 
 
@@ -63,27 +59,3 @@ def test_a_deployment_goes_only_known_ways(state: DeploymentState, target: Deplo
 )
 def test_a_rollback_is_possible_from_every_state_of_what_is_active(state: DeploymentState) -> None:
     assert deployment_next(state, DeploymentState.ROLLED_BACK) == DeploymentState.ROLLED_BACK
-
-
-@pytest.mark.parametrize("outcome", [AttemptOutcome.ERRORED, AttemptOutcome.KILLED, AttemptOutcome.LOST])
-def test_one_cause_may_strike_twice_but_not_three_times(outcome: AttemptOutcome) -> None:
-    states = [step_after_attempt(outcome, times) for times in range(1, ATTEMPTS_PER_CAUSE + 1)]
-    assert states == [StepState.WAITING, StepState.WAITING, StepState.DEAD]
-
-
-@pytest.mark.parametrize(
-    ("outcome", "state"),
-    [
-        (AttemptOutcome.DONE, StepState.DONE),
-        (AttemptOutcome.FAILED, StepState.FAILED),
-        (AttemptOutcome.CANCELLED, StepState.CANCELLED),
-        (AttemptOutcome.BLOCKED, StepState.WAITING),
-    ],
-)
-def test_other_outcomes_decide_at_once(outcome: AttemptOutcome, state: StepState) -> None:
-    assert step_after_attempt(outcome, 99) == state
-
-
-def test_a_running_attempt_decides_nothing() -> None:
-    with pytest.raises(Refused):
-        step_after_attempt(AttemptOutcome.RUNNING, 1)

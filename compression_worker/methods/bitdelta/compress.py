@@ -34,6 +34,7 @@ from compression_worker.contracts import (
     StepOutput,
     sha256,
 )
+from compression_worker.faults import failpoint
 from compression_worker.methods.bitdelta import layout
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.methods.bitdelta.merge import Merged, load_model
@@ -126,6 +127,7 @@ def layer_step(context: StepContext) -> StepOutput:
         with _one_thread_per_operation():
             packed = _packers().map(lambda one: _pack(one, base, variant), linears)
             for linear, signs in zip(linears, packed, strict=True):
+                failpoint("bitdelta.matrix")
                 words = raw_bytes(signs.packed)
                 blob.write(words)
                 coded[linear.name] = _layer_line(linear, signs, sha256(words))
@@ -146,6 +148,7 @@ def rest_step(context: StepContext) -> StepOutput:
     raw = [name for name in kept if name not in set(same)]
     with checkpoint_files(variant) as files, context.store.writer() as blob:
         data = {name: (_spec(theirs[name]), _watched(files, name, at, raw, context)) for at, name in enumerate(raw)}
+        failpoint("bitdelta.rest")
         write_file(blob, data)
     context.log(f"{len(raw)} tensors kept as they are, {len(same)} equal to the base's", "info")
     kinds = {name: parts.get(name, "other") for name in raw}
@@ -162,6 +165,7 @@ def assemble_step(context: StepContext) -> StepOutput:
     scales = _final_scales(lines, distillation)
     with context.store.writer() as blob:
         write_file(blob, {layout.SCALES: (layout.scales_specs(len(lines))[layout.SCALES], [raw_bytes(scales)])})
+    failpoint("artifact.scales")
     side = {
         name: entry["sha256"]
         for name, entry in variant.manifest["files"].items()
@@ -174,6 +178,7 @@ def assemble_step(context: StepContext) -> StepOutput:
             context.progress(done, len(blobs), "files")
     files = {name: {"sha256": digest, "size": context.store.size(digest)} for name, digest in blobs.items()}
     raw = _manifest(context, variant, files, lines, rest, scales, distillation, sorted(side))
+    failpoint("artifact.manifest")
     digest = context.store.write_bytes(raw)
     return StepOutput(blobs={**blobs, MANIFEST: digest}, data=_result(context, digest))
 
