@@ -52,6 +52,7 @@ def import_step(context: StepContext) -> StepOutput:
     data = {
         "checkpoint": digest,
         "manifest": {key: value for key, value in manifest.items() if key != "tensors"},
+        "base": context.spec.inputs.get("base", ""),
         "differences": differences,
         "tokenizer_differs": base is not None and tokenizer_differs(base, manifest),
     }

@@ -1,8 +1,9 @@
 """The one place that speaks to the database: reads the pointer twice a second, writes what this server does with it.
 
 Postgres may be away for as long as it likes: whatever answers goes on answering, and the follower knocks again, more
-slowly each time. The highest generation seen is kept in memory alone. A restart believes the database, which is the
-truth by then; a database that is set back under a running server is not followed.
+slowly each time. The highest epoch and generation seen are kept in memory alone. A restart believes the database,
+which is the truth by then; a database that is set back under a running server is not followed until its
+epoch is raised.
 """
 
 from __future__ import annotations
@@ -32,17 +33,18 @@ LONGEST_PAUSE = 10.0
 MESSAGE_LIMIT = 2000
 
 READ = """
-SELECT environment, alias, generation, kind, variant_digest, base_digest, artifact_digest, digest
+SELECT environment, alias, epoch, generation, kind, variant_digest, base_digest, artifact_digest, digest
 FROM serving_pointer ORDER BY environment
 """
 REPORT = """
-INSERT INTO dashboard_serverreport (server, environment, address, wanted, generation, digest, state, message, answers,
-                                    resident_bytes, started_at, reported_at)
-VALUES (%(server)s, %(environment)s, %(address)s, %(wanted)s, %(generation)s, %(digest)s, %(state)s, %(message)s,
-        %(answers)s, %(resident_bytes)s, clock_timestamp() - %(age)s * interval '1 second', clock_timestamp())
+INSERT INTO dashboard_serverreport (server, environment, address, epoch, wanted, generation, digest, state, message,
+                                    answers, resident_bytes, started_at, reported_at)
+VALUES (%(server)s, %(environment)s, %(address)s, %(epoch)s, %(wanted)s, %(generation)s, %(digest)s, %(state)s,
+        %(message)s, %(answers)s, %(resident_bytes)s, clock_timestamp() - %(age)s * interval '1 second',
+        clock_timestamp())
 ON CONFLICT (server, environment) DO UPDATE SET
-    address = EXCLUDED.address, wanted = EXCLUDED.wanted, generation = EXCLUDED.generation, digest = EXCLUDED.digest,
-    state = EXCLUDED.state, message = EXCLUDED.message, answers = EXCLUDED.answers,
+    address = EXCLUDED.address, epoch = EXCLUDED.epoch, wanted = EXCLUDED.wanted, generation = EXCLUDED.generation,
+    digest = EXCLUDED.digest, state = EXCLUDED.state, message = EXCLUDED.message, answers = EXCLUDED.answers,
     resident_bytes = EXCLUDED.resident_bytes, started_at = EXCLUDED.started_at, reported_at = EXCLUDED.reported_at
 """
 CONNECTION: dict[str, Any] = {
@@ -177,6 +179,7 @@ class Follower:
             "server": self._identity.server[:100],
             "environment": status.environment,
             "address": self._identity.address,
+            "epoch": status.epoch,
             "wanted": status.wanted,
             "generation": status.generation,
             "digest": status.digest,

@@ -85,6 +85,7 @@ class Envelope:
     def headers(self) -> dict[str, str]:
         return {
             "X-Deltaworks-Environment": self.handle.environment,
+            "X-Deltaworks-Epoch": str(self.handle.epoch),
             "X-Deltaworks-Generation": str(self.handle.generation),
             "X-Deltaworks-Digest": self.handle.digest,
         }

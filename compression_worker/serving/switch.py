@@ -1,8 +1,9 @@
 """Where one environment stands: which generation was wanted last, what is being loaded, why something was refused.
 
-A generation only grows. Each wanted one is loaded by a thread of its own beside the model that answers, and takes over
-by one swap; a newer one abandons an older load. What is refused is tried again after a while, because a disk or a
-memory may have been put right; what answers meanwhile stays what it was.
+Deployments have one order, by epoch and generation, and a server never goes back in it; the epoch is what somebody
+raises after the database was restored from an older state. Each wanted one is loaded by a thread of its own beside the
+model that answers, and takes over by one swap; a newer one abandons an older load. What is refused is tried again after
+a while, because a disk or a memory may have been put right; what answers meanwhile stays what it was.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Pointer:
 
     environment: str
     alias: str
+    epoch: int = 1
     generation: int
     kind: str | None
     variant_digest: str | None
@@ -38,12 +40,22 @@ class Pointer:
     artifact_digest: str | None
     digest: str | None
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands in the one order of an environment's deployments."""
+        return self.epoch, self.generation
+
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """What is reported of an environment. ``generation`` and ``digest`` are of what answers."""
+    """What is reported of an environment. ``generation`` and ``digest`` are of what answers, ``epoch`` of ``wanted``.
+
+    ``state`` is starting, loading, serving, refused (what is wanted cannot be loaded), rewound (the database went back
+    and is not followed) or fallback.
+    """
 
     environment: str
+    epoch: int
     wanted: int
     generation: int
     digest: str
@@ -87,7 +99,7 @@ class Switch:
         self._variants.expect(pointer.alias, pointer.environment)
         with self._lock:
             was_rewound, self._rewound = self._rewound, _rewound(self._wanted, pointer)
-            newer = self._wanted is None or pointer.generation > self._wanted.generation
+            newer = self._wanted is None or pointer.place > self._wanted.place
             due = bool(self._refused) and time.monotonic() >= self._retry_at
             load = not self._rewound and (newer or due)
             if load:
@@ -117,9 +129,10 @@ class Switch:
         handle = self._variants.active(self.environment)
         with self._lock:
             wanted, refused, rewound = self._wanted, self._refused, self._rewound
-        state, message = _state(handle, wanted, rewound or refused)
+        state, message = _state(handle, wanted, refused, rewound)
         return Status(
             environment=self.environment,
+            epoch=wanted.epoch if wanted else 1,
             wanted=wanted.generation if wanted else 0,
             generation=handle.generation if handle else 0,
             digest=handle.digest if handle else "",
@@ -147,7 +160,11 @@ class Switch:
         variant, artifact, base = _digests(pointer)
         with self._variants.obtain(variant, lambda: self._loader.full_precision(variant, abandoned)) as full:
             handle = Handle(
-                environment=pointer.environment, alias=pointer.alias, generation=pointer.generation, resident=full
+                environment=pointer.environment,
+                alias=pointer.alias,
+                epoch=pointer.epoch,
+                generation=pointer.generation,
+                resident=full,
             )
             if artifact is None or base is None:
                 self._swap(pointer, handle)
@@ -183,28 +200,33 @@ class Switch:
         logger.error("%s: %s", self.environment, self._refused, exc_info=not isinstance(error, CompressionError))
 
 
-def _state(handle: Handle | None, wanted: Pointer | None, refused: str) -> tuple[str, str]:
+def _state(handle: Handle | None, wanted: Pointer | None, refused: str, rewound: str) -> tuple[str, str]:
     """The word for where an environment stands, and what there is to say of it."""
+    if rewound:
+        return "rewound", rewound
     if handle and handle.fell_back:
         return "fallback", handle.fell_back
     if refused:
         return "refused", refused
-    if wanted and (handle is None or handle.generation < wanted.generation):
+    if wanted and (handle is None or handle.place < wanted.place):
         return "loading", f"generation {wanted.generation} is being loaded"
     return ("serving", "") if handle else ("starting", "nothing is deployed yet")
 
 
 def _rewound(wanted: Pointer | None, pointer: Pointer) -> str:
     """What is wrong with a pointer that went back, or that names something else under a generation already seen."""
-    if wanted is None or pointer.generation > wanted.generation:
+    if wanted is None or pointer.place > wanted.place:
         return ""
-    if pointer.generation == wanted.generation and pointer.digest == wanted.digest:
+    if pointer.place == wanted.place and pointer.digest == wanted.digest:
         return ""
     return (
-        f"the database shows generation {pointer.generation} ({str(pointer.digest)[:12]}), but generation "
-        f"{wanted.generation} ({str(wanted.digest)[:12]}) was seen here already: it was set back. "
-        "Deploy again, or restart this server to follow it"
+        f"the database shows {_shown(pointer)}, but {_shown(wanted)} was seen here already: it was set back. "
+        "'manage.py recover' lets servers follow it; so does another deployment, or a restart of this server"
     )
+
+
+def _shown(pointer: Pointer) -> str:
+    return f"generation {pointer.generation} of epoch {pointer.epoch} ({str(pointer.digest)[:12]})"
 
 
 def _digests(pointer: Pointer) -> tuple[str, str | None, str | None]:

@@ -50,6 +50,7 @@ class Handle:
 
     environment: str
     alias: str
+    epoch: int = 1
     generation: int
     resident: Resident
     fallback: Resident | None = None
@@ -58,6 +59,11 @@ class Handle:
     @property
     def digest(self) -> str:
         return self.resident.digest
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands in the one order of an environment's deployments."""
+        return self.epoch, self.generation
 
     def fallen_back(self, why: str) -> Handle:
         """The same generation at full precision, because of ``why``. There is no way back but a new generation."""
@@ -117,12 +123,12 @@ class Variants:
     def swap(self, handle: Handle, *, only_from: Handle | None = None) -> bool:
         """Let ``handle`` answer for its environment from now on. Running answers end on the handle they hold.
 
-        A lower generation than the present one is refused, and so is a present handle other than ``only_from``
-        where that is given: somebody else was faster.
+        What stands before the present one in the order of deployments is refused, and so is a present handle other
+        than ``only_from`` where that is given: somebody else was faster.
         """
         with self._lock:
             present = self._active.get(handle.environment)
-            if present and handle.generation < present.generation:
+            if present and handle.place < present.place:
                 return False
             if only_from is not None and present is not only_from:
                 return False

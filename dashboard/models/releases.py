@@ -104,10 +104,15 @@ class Approval(models.Model):
 
 
 class Environment(models.Model):
-    """Where clients ask (``staging``, ``production``). Its pointer moves only by compare-and-swap on ``generation``."""
+    """Where clients ask (``staging``, ``production``). Its pointer moves only by compare-and-swap on ``generation``.
+
+    ``epoch`` is raised after the database was set back to an older state: servers order by epoch and generation, and
+    refuse to go back in that order.
+    """
 
     name = models.SlugField(_("name"), max_length=40, unique=True)
     alias = models.CharField(max_length=100, unique=True)  # the model name clients use; never changes on rollback
+    epoch = models.PositiveBigIntegerField(default=1, db_default=1)
     generation = models.PositiveBigIntegerField(default=0)
     active = models.OneToOneField("Deployment", models.RESTRICT, null=True, blank=True, related_name="active_in")
     created_at = models.DateTimeField(auto_now_add=True)
@@ -130,6 +135,13 @@ class Environment(models.Model):
                     END IF;
                     RETURN NEW;
                 """,
+            ),
+            pgtrigger.Trigger(
+                name="epoch_only_grows",
+                operation=pgtrigger.Update,
+                when=pgtrigger.Before,
+                condition=pgtrigger.Q(new__epoch__lt=pgtrigger.F("old__epoch")),
+                func="RAISE EXCEPTION 'the epoch of an environment only grows';",
             ),
         ]
 
@@ -220,10 +232,11 @@ class ServerReport(models.Model):
     server = models.CharField(max_length=100)
     environment = models.CharField(max_length=40)
     address = models.CharField(max_length=200, blank=True, default="")
+    epoch = models.BigIntegerField(default=1, db_default=1)  # of ``wanted``; 1 from a server that knows no epochs
     wanted = models.BigIntegerField(default=0)  # the newest generation it was told of: loading, refused or answering
     generation = models.BigIntegerField(default=0)  # the generation it answers from
     digest = models.CharField(max_length=64, blank=True, default="")
-    state = models.CharField(max_length=16, default="starting")  # starting | loading | serving | refused | fallback
+    state = models.CharField(max_length=16, default="starting")  # see compression_worker.serving.switch
     message = models.TextField(blank=True, default="")
     answers = models.BigIntegerField(default=0)
     resident_bytes = models.BigIntegerField(default=0)

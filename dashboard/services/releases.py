@@ -215,13 +215,14 @@ def _observe(deployment: Deployment) -> bool:
 
 def _reported_state(deployment: Deployment, reports: list[ServerReport]) -> tuple[DeploymentState | None, str]:
     """What the servers say of this generation together: one that answers from it is enough to call it live."""
+    epoch = deployment.environment.epoch
     own = [report for report in reports if report.generation == deployment.generation]
     if any(report.state == "serving" and report.digest == deployment.digest for report in own):
         return _if_possible(deployment, DeploymentState.LIVE), ""
     # A server that refuses a generation goes on answering from the one before.
-    bad = [report for report in own if report.state == "fallback"]
-    told = [report for report in reports if report.wanted >= deployment.generation]
-    bad += [report for report in told if report.state == "refused"]
+    bad = [report for report in own if report.state == "fallback" and report.epoch == epoch]
+    told = [report for report in reports if (report.epoch, report.wanted) >= (epoch, deployment.generation)]
+    bad += [report for report in told if report.state in ("refused", "rewound")]
     if bad:
         return _if_possible(deployment, DeploymentState.REFUSED), bad[0].message
     if any(report.state == "loading" for report in told):

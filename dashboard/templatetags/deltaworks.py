@@ -34,7 +34,7 @@ TONES: dict[str, str] = {
     **dict.fromkeys((JobState.SUCCEEDED, ArtifactState.PUBLISHED, DeploymentState.LIVE), "good"),
     **dict.fromkeys((ApprovalState.APPROVED, StepState.DONE, "serving"), "good"),
     **dict.fromkeys((JobState.FAILED, JobState.DEAD, ArtifactState.CORRUPT, AttemptOutcome.ERRORED), "bad"),
-    **dict.fromkeys((DeploymentState.REFUSED, ApprovalState.REJECTED, ApprovalState.REVOKED), "bad"),
+    **dict.fromkeys((DeploymentState.REFUSED, ApprovalState.REJECTED, ApprovalState.REVOKED, "rewound"), "bad"),
     **dict.fromkeys((ApprovalState.PENDING, JobState.BLOCKED, AttemptOutcome.KILLED), "caution"),
     **dict.fromkeys((AttemptOutcome.LOST, DeploymentState.ROLLED_BACK, "fallback"), "caution"),
     **dict.fromkeys((JobState.RUNNING, JobState.VERIFYING, DeploymentState.LOADING), "active"),
@@ -213,6 +213,7 @@ SERVER_STATES = {
     "loading": gettext_lazy("loading"),
     "serving": gettext_lazy("serving another generation"),
     "refused": gettext_lazy("refused"),
+    "rewound": gettext_lazy("the database went back: not followed"),
     "fallback": gettext_lazy("serving a fallback"),
 }
 

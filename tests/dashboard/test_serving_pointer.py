@@ -10,6 +10,7 @@ from dashboard.models import Environment
 
 COLUMNS = [
     "environment", "alias", "generation", "kind", "variant_digest", "base_digest", "artifact_digest", "digest",
+    "epoch",
 ]  # fmt: skip
 
 
@@ -23,7 +24,7 @@ def rows() -> list[tuple[object, ...]]:
 @pytest.mark.django_db
 def test_an_environment_without_a_deployment_shows_its_name_and_no_digest() -> None:
     Environment.objects.create(name="quiet", alias="support")
-    assert rows() == [("quiet", "support", 0, None, None, None, None, None)]
+    assert rows() == [("quiet", "support", 0, None, None, None, None, None, 1)]
 
 
 @pytest.mark.django_db(transaction=True)

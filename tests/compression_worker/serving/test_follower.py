@@ -275,7 +275,7 @@ def test_a_database_that_was_set_back_is_not_followed(
     rows.compressed(place)
     answers_from(server, models, place, 2, models.artifact_digest)
     _set_back(place, generation=1)
-    until(lambda: server.report(place).state == "refused", 10, lambda: f"{vars(server.report(place))}")
+    until(lambda: server.report(place).state == "rewound", 10, lambda: f"{vars(server.report(place))}")
     assert "set back" in server.report(place).message
     answers_from(server, models, place, 2, models.artifact_digest)
     _set_back(place, generation=2)

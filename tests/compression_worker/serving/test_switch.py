@@ -239,13 +239,46 @@ def test_a_pointer_that_went_back_is_refused_until_it_passes_what_was_seen(
     switch.see(compressed(2))
     wait_for(switch, "serving", 2, SMALL)
     switch.see(set_back)
-    wait_for(switch, "refused", 2, SMALL)
+    wait_for(switch, "rewound", 2, SMALL)
     assert "set back" in switch.status().message
     switch.see(compressed(2))
     wait_for(switch, "serving", 2, SMALL)
     switch.see(set_back)
     switch.see(full(3))
     wait_for(switch, "serving", 3, FULL)
+
+
+@pytest.mark.parametrize("set_back", [full(1), compressed(1), full(2)])
+def test_a_pointer_that_went_back_is_followed_once_its_epoch_is_raised(
+    switch: Switch, loader: GatedLoader, set_back: Pointer
+) -> None:
+    open_all(loader)
+    switch.see(compressed(2))
+    wait_for(switch, "serving", 2, SMALL)
+    switch.see(set_back)
+    wait_for(switch, "rewound", 2, SMALL)
+    assert "recover" in switch.status().message
+    raised = replace(set_back, epoch=2)
+    switch.see(raised)
+    assert raised.digest is not None
+    wait_for(switch, "serving", raised.generation, raised.digest)
+    assert switch.status().epoch == 2
+    # What the former epoch still shows, a replica that lags or a second restore, is behind now.
+    switch.see(full(9))
+    wait_for(switch, "rewound", raised.generation, raised.digest)
+
+
+def test_a_raised_epoch_of_what_answers_already_loads_nothing_twice(switch: Switch, loader: GatedLoader) -> None:
+    open_all(loader)
+    switch.see(compressed(2))
+    wait_for(switch, "serving", 2, SMALL)
+    loads = list(loader.loads)
+    switch.see(replace(compressed(2), epoch=5))
+    deadline = time.monotonic() + 5
+    while switch.status().epoch != 5 or switch.status().state != "serving":
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert loader.loads == loads
 
 
 def test_a_row_that_contradicts_itself_is_refused(switch: Switch) -> None:

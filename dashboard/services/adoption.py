@@ -1,0 +1,277 @@
+"""Rows for what lies whole in the store and has none: checkpoints and artifacts that were published after the backup.
+
+The outputs of the steps that made them say all that a row needs, except who asked and how a person called it. What is
+adopted says so in its name and in its job; it is neither approved nor deployed by that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from django.utils import timezone
+
+from compression_worker.contracts import CompressionError, Json, PlannedStep, StepOutput
+from compression_worker.store import DIGEST, Store
+from dashboard.lifecycle import ACTIVE_JOB_STATES, JobKind, JobState, Refused, Role, StepState
+from dashboard.models import Artifact, Checkpoint, Job, Step, User
+from dashboard.services.registry import artifact_publish, checkpoint_publish
+from dashboard.services.units import recorded, unit_of_work
+
+ADOPTER = "recovery"
+"""Who stands for the submitter that nobody knows any more: a person that cannot sign in."""
+OUTPUT_START = b'{"blobs":'
+DOCUMENT_BYTES = 256_000_000
+ARTIFACT_FORMAT = "deltaworks-artifact-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """A checkpoint or an artifact without a row. ``problem`` says why it cannot have one."""
+
+    kind: JobKind
+    digest: str
+    output: str  # the digest of the step's output that made it
+    data: Json
+    base: str = ""  # the base's checkpoint digest; empty for a base
+    variant: str = ""
+    seed: int = 0
+    problem: str = ""
+
+    @property
+    def words(self) -> str:
+        return f"{'artifact' if self.kind == JobKind.COMPRESS else 'checkpoint'} {self.digest[:12]}"
+
+    @property
+    def name(self) -> str:
+        """Of a checkpoint: nobody knows any more how it was called."""
+        return f"adopted-{self.digest[:12]}"
+
+    def line(self) -> str:
+        """What would be done with it."""
+        return f"{self.words} has no row: " + (f"not adopted: {self.problem}" if self.problem else "to be adopted")
+
+
+@dataclass
+class Inventory:
+    """The outputs in the store that say how a checkpoint or an artifact came to be."""
+
+    checkpoints: dict[str, tuple[str, StepOutput]] = field(default_factory=dict)
+    artifacts: dict[str, tuple[str, StepOutput]] = field(default_factory=dict)
+    bases: dict[str, str] = field(default_factory=dict)  # variant -> base, by checkpoint digest, as artifacts say
+
+
+def lost_in(store: Store) -> list[Lost]:
+    """What of ``store`` has no row: bases, then variants, then artifacts, so that each finds what it stands on.
+
+    Every byte of what is to be adopted is hashed.
+    """
+    inventory = _inventory(store)
+    rows = set(Checkpoint.objects.values_list("digest", flat=True))
+    found = [
+        _lost_checkpoint(store, inventory, digest) for digest in sorted(inventory.checkpoints) if digest not in rows
+    ]
+    found.sort(key=lambda lost: (bool(lost.base), lost.digest))
+    checkpoints = [_standing(lost, rows, found) for lost in found]
+    rows |= {lost.digest for lost in checkpoints if not lost.problem}
+    artifacts = set(Artifact.objects.values_list("digest", flat=True))
+    made = [
+        _lost_artifact(store, inventory, digest) for digest in sorted(inventory.artifacts) if digest not in artifacts
+    ]
+    return checkpoints + [_standing(lost, rows, checkpoints) for lost in made]
+
+
+def _inventory(store: Store) -> Inventory:
+    inventory = Inventory()
+    for digest in _digests(store):
+        output = _output(store, digest)
+        manifest = output.blobs.get("manifest.json", "") if output else ""
+        if output is None or not manifest:
+            continue
+        if output.data.get("checkpoint") == manifest:
+            inventory.checkpoints.setdefault(manifest, (digest, output))
+        elif output.data.get("artifact") == manifest:
+            inventory.artifacts.setdefault(manifest, (digest, output))
+            said = _manifest(store, manifest)
+            if said:
+                inventory.bases[said["variant"]["checkpoint"]] = said["base"]["checkpoint"]
+    return inventory
+
+
+def _digests(store: Store) -> Iterator[str]:
+    """Every blob of the store, in order."""
+    for path in sorted(Path(store.root, "sha256").glob("??/*")):
+        if DIGEST.fullmatch(path.name):
+            yield path.name
+
+
+def _output(store: Store, digest: str) -> StepOutput | None:
+    """The step output that the blob is, or None for what is something else, or damaged."""
+    if store.size(digest) > DOCUMENT_BYTES:
+        return None
+    with store.open(digest) as file:
+        if file.read(len(OUTPUT_START)) != OUTPUT_START:
+            return None
+    try:
+        return StepOutput.from_bytes(store.read_bytes(digest))
+    except (CompressionError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _manifest(store: Store, digest: str) -> Json | None:
+    """An artifact's manifest; None when it is damaged or of a format that is not known here."""
+    try:
+        value: Json = json.loads(store.read_bytes(digest))
+    except (CompressionError, ValueError):
+        return None
+    return value if value.get("format") == ARTIFACT_FORMAT else None
+
+
+def _lost_checkpoint(store: Store, inventory: Inventory, digest: str) -> Lost:
+    output, made = inventory.checkpoints[digest]
+    known: dict[str, Any] = {"kind": JobKind.IMPORT, "digest": digest, "output": output, "data": made.data}
+    if problem := _damage(store, made):
+        return Lost(**known, problem=problem)
+    imports = Job.objects.filter(kind=JobKind.IMPORT, state__in=ACTIVE_JOB_STATES).order_by("pk")
+    if running := imports.first():
+        problem = f"{running} is still to be done and may publish it under its name: look again afterwards"
+        return Lost(**known, problem=problem)
+    base = made.data.get("base", inventory.bases.get(digest))
+    if base is None and digest not in inventory.bases.values():
+        problem = "nothing says whether it is a base or a variant of one: import its folder again"
+        return Lost(**known, problem=problem)
+    return Lost(**known, base=base or "")
+
+
+def _lost_artifact(store: Store, inventory: Inventory, digest: str) -> Lost:
+    output, made = inventory.artifacts[digest]
+    known: dict[str, Any] = {"kind": JobKind.COMPRESS, "digest": digest, "output": output, "data": made.data}
+    if problem := _damage(store, made):
+        return Lost(**known, problem=problem)
+    manifest = _manifest(store, digest)
+    if manifest is None:
+        return Lost(**known, problem="its manifest is of a format that this version does not read: upgrade")
+    base, variant = manifest["base"]["checkpoint"], manifest["variant"]["checkpoint"]
+    lost = Lost(**known, base=base, variant=variant, seed=manifest["seed"])
+    if running := _job_to_come(lost):
+        return Lost(**known, problem=f"{running} is still to be done and makes it again: look again afterwards")
+    return lost
+
+
+def _damage(store: Store, output: StepOutput) -> str:
+    """The first of its blobs that is missing or does not match its digest."""
+    for name, digest in sorted(output.blobs.items()):
+        try:
+            store.verify(digest)
+        except CompressionError as error:
+            return f"'{name}': {error.message}"
+    return ""
+
+
+def _job_to_come(lost: Lost) -> Job | None:
+    jobs = Job.objects.filter(kind=JobKind.COMPRESS, state__in=ACTIVE_JOB_STATES, variant__digest=lost.variant)
+    same = jobs.filter(method=lost.data["method"], spec__config=lost.data["config"], spec__seed=lost.seed)
+    return same.order_by("pk").first()
+
+
+def _standing(lost: Lost, rows: set[str], before: list[Lost]) -> Lost:
+    """``lost``, with a problem when what it stands on has no row and cannot be adopted either."""
+    adoptable = rows | {other.digest for other in before if not other.problem}
+    for role, digest in (("variant", lost.variant), ("base", lost.base)):
+        if not lost.problem and digest and digest not in adoptable:
+            problem = f"its {role}, checkpoint {digest[:12]}, has no row: import it again, then look again"
+            return Lost(**(vars(lost) | {"problem": problem}))
+    return lost
+
+
+def adopt(lost: Lost) -> str:
+    """A row for ``lost``, and what to say of it."""
+    if lost.problem:
+        return lost.line()
+    try:
+        name = _adopt(lost)
+    except (Refused, KeyError, TypeError, ValueError) as error:
+        return f"{lost.words} has no row: not adopted: what its step says does not make a row: {error}"
+    return f"{lost.words} is adopted as '{name}'"
+
+
+@unit_of_work
+def _adopt(lost: Lost) -> str:
+    with recorded(actor=None, reason=f"adopted from the store: {lost.words} had no row"):
+        if lost.kind == JobKind.IMPORT:
+            base = Checkpoint.objects.filter(digest=lost.base).first() if lost.base else None
+            job = _job(lost, _import_spec(lost, base), variant=None, method="")
+            return checkpoint_publish(job=job, step=_step(job, lost)).name
+        variant = Checkpoint.objects.filter(digest=lost.variant, base__digest=lost.base).order_by("pk").first()
+        if variant is None:
+            raise Refused("its variant has another base here")
+        job = _job(lost, _compression_spec(lost), variant=variant, method=lost.data["method"])
+        artifact = artifact_publish(job=job, step=_step(job, lost))
+        artifact.name = f"{artifact.name[:190]}-adopted"
+        artifact.save(update_fields=["name"])
+        return artifact.name
+
+
+def _import_spec(lost: Lost, base: Checkpoint | None) -> Json:
+    licence = lost.data["manifest"].get("licence", "")
+    spec = {"name": lost.name, "licence": licence, "base": base.pk if base else None, "root": "", "folder": ""}
+    inputs = {"base": base.digest} if base else {}
+    first = PlannedStep(name="import", kind="checkpoint.import", group="import", inputs=inputs)
+    return spec | {"first": first.to_json()}
+
+
+def _compression_spec(lost: Lost) -> Json:
+    """Enough for a retry, but for the text that its scales may have been distilled on: nothing names that any more."""
+    method, config = lost.data["method"], lost.data["config"]
+    first = PlannedStep(
+        name="plan",
+        kind=f"{method}.plan",
+        group="plan",
+        params={"config": config},
+        inputs={"base": lost.base, "variant": lost.variant},
+        seed=lost.seed,
+    )
+    return {"config": config, "calibration": None, "seed": lost.seed, "first": first.to_json()}
+
+
+def _job(lost: Lost, spec: Json, *, variant: Checkpoint | None, method: str) -> Job:
+    now = timezone.now()
+    return Job.objects.create(
+        kind=lost.kind,
+        title=f"adopted: {lost.words}",
+        spec=spec | {"adopted": lost.output},
+        variant=variant,
+        method=method,
+        state=JobState.SUCCEEDED,
+        created_by=_adopter(),
+        started_at=now,
+        finished_at=now,
+    )
+
+
+def _step(job: Job, lost: Lost) -> Step:
+    """The one step that is known of the job: it keeps what it made from being swept."""
+    return Step.objects.create(
+        job=job,
+        index=0,
+        name="adopted",
+        kind=job.spec["first"]["kind"],
+        state=StepState.DONE,
+        output=lost.output,
+        data=lost.data,
+        reused=True,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+    )
+
+
+def _adopter() -> User:
+    found = User.objects.filter(username=ADOPTER).first()
+    if found is None:
+        found = User(username=ADOPTER, role=Role.VIEWER, is_active=False)
+        found.set_unusable_password()
+        found.save()
+    return found
