@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import sys
 import time
 import traceback
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from compression_worker import catalog
+from compression_worker import catalog, machine
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput, StepSpec
 from compression_worker.store import NoRoom, Store
 
@@ -66,10 +65,11 @@ class Runner:
             import_roots=self.import_roots,
             device="cpu" if spec.kind in TORCH_FREE else resolve_device(self.device),
         )
+        machine.forget_peak()
         output = function(context)
         digest = self.store.write_bytes(output.to_bytes())
         measured.setdefault("seconds", time.monotonic() - started)
-        measured["peak_memory_bytes"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        measured["peak_memory_bytes"] = float(machine.peak_bytes())
         return digest, output, measured
 
     def _result(self, spec: StepSpec, cached: str, emit: Emit) -> Json:
