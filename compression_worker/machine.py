@@ -9,6 +9,7 @@ import contextlib
 import resource
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
@@ -28,8 +29,9 @@ class Machine:
     gpu_name: str = ""
 
 
-def read_machine(memory_limit_mb: int = 0) -> Machine:
-    """This machine. ``memory_limit_mb`` is the limit of a computing child, 0 for none."""
+@cache
+def this_machine(memory_limit_mb: int = 0) -> Machine:
+    """This machine, asked once. ``memory_limit_mb`` is the limit of a computing child, 0 for none."""
     name, gpu_memory = _gpu()
     return Machine(
         memory_bytes=_memory(),
@@ -75,7 +77,10 @@ def _gpu() -> tuple[str, int | None]:
 
 
 def forget_peak() -> None:
-    """From here on :func:`peak_bytes` counts anew, where the kernel allows that."""
+    """From here on :func:`peak_bytes` counts anew, where the kernel allows that.
+
+    What a process inherits of its parent's peak is forgotten with it, which ``getrusage`` would count for ever.
+    """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -26,7 +26,9 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError, close_old_connections
 from django.utils import timezone
 
+from compression_worker.contracts import CODE_VERSION
 from compression_worker.launcher import Launcher, Outcome, child_command
+from compression_worker.machine import this_machine
 from dashboard.celery import RECONCILE_SECONDS
 from dashboard.lifecycle import CancelRequest
 from dashboard.services.demo import demo_advance
@@ -164,7 +166,8 @@ class Execution:
 
     def announce(self) -> None:
         """Tell the others that this worker is alive."""
-        worker_seen(name=self.name, queues=self.queues, device=settings.STEP_DEVICE, pid=os.getpid())
+        facts = {"machine": this_machine(settings.STEP_MEMORY_LIMIT_MB), "code_version": CODE_VERSION}
+        worker_seen(name=self.name, queues=self.queues, device=settings.STEP_DEVICE, pid=os.getpid(), **facts)
 
     def tend(self) -> None:
         """What an idle worker does now and then, and a busy one between two looks at its child."""

@@ -2,7 +2,7 @@
 
 from dashboard.models.accounts import User
 from dashboard.models.evaluations import Evaluation, SampleSet
-from dashboard.models.jobs import Attempt, Job, LogLine, Step, Worker
+from dashboard.models.jobs import Attempt, Job, LogLine, Priority, Step, Worker
 from dashboard.models.registry import Artifact, Checkpoint
 from dashboard.models.releases import (
     Approval,
@@ -24,6 +24,7 @@ __all__ = [
     "Job",
     "LogLine",
     "Policy",
+    "Priority",
     "RollbackCertificate",
     "SampleSet",
     "ServerReport",

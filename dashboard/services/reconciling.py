@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ from django.db import connection
 from django.db.models import QuerySet
 from django.utils import timezone
 
+from compression_worker.machine import Machine
 from compression_worker.store import Store
 from dashboard.lifecycle import BlockedReason, JobState, StepState
 from dashboard.models import Job, Step, Worker
@@ -89,21 +91,15 @@ def _wake_queues() -> None:
 
 
 @unit_of_work
-def worker_seen(*, name: str, queues: list[str], device: str, pid: int) -> None:
-    """Note that a worker process is alive."""
+def worker_seen(
+    *, name: str, queues: list[str], device: str, pid: int, machine: Machine | None = None, code_version: str = ""
+) -> None:
+    """Note that a worker process is alive, and what it has."""
     now = timezone.now()
-    known = Worker.objects.filter(name=name).update(queues=",".join(queues), device=device, pid=pid, seen_at=now)
-    if not known:
-        Worker.objects.get_or_create(
-            name=name,
-            defaults={
-                "queues": ",".join(queues),
-                "device": device,
-                "pid": pid,
-                "started_at": now,
-                "seen_at": now,
-            },
-        )
+    facts = {"queues": ",".join(queues), "device": device, "pid": pid, "seen_at": now, "code_version": code_version}
+    facts |= asdict(machine) if machine else {}
+    if not Worker.objects.filter(name=name).update(**facts):
+        Worker.objects.get_or_create(name=name, defaults=facts | {"started_at": now})
 
 
 @unit_of_work
