@@ -166,8 +166,15 @@ class Execution:
 
     def announce(self) -> None:
         """Tell the others that this worker is alive."""
-        facts = {"machine": this_machine(settings.STEP_MEMORY_LIMIT_MB), "code_version": CODE_VERSION}
-        worker_seen(name=self.name, queues=self.queues, device=settings.STEP_DEVICE, pid=os.getpid(), **facts)
+        machine = this_machine(settings.STEP_MEMORY_LIMIT_MB)
+        worker_seen(
+            name=self.name,
+            queues=self.queues,
+            device=settings.STEP_DEVICE,
+            pid=os.getpid(),
+            machine=machine,
+            code_version=CODE_VERSION,
+        )
 
     def tend(self) -> None:
         """What an idle worker does now and then, and a busy one between two looks at its child."""

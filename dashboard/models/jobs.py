@@ -79,6 +79,13 @@ class Job(models.Model):
     def is_terminal(self) -> bool:
         return JobState(self.state) in TERMINAL_JOB_STATES
 
+    @property
+    def priority_words(self) -> str:
+        """The class, with the number where it is between two of them."""
+        nearest = max((one for one in Priority if one <= self.priority), default=Priority.IDLE)
+        label = str(nearest.label)
+        return label if nearest == self.priority else f"{label} ({self.priority:+d})"
+
 
 class Step(models.Model):
     """A pure unit of work. ``attempt`` is the fence: one per claim, never reset, in the WHERE of every later write."""

@@ -193,7 +193,7 @@ def preflight(
 
 
 def _needs(estimate: Estimate, queue: str, site: Site) -> Iterator[Need]:
-    light = light_queue(queue)
+    light = light_queue(site.workers)
     for load in estimate.steps:
         where = step_queue(load.kind, queue, light)
         rooms = site.rooms(where)

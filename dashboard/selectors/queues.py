@@ -40,14 +40,14 @@ def default_queue() -> str:
     return first
 
 
-def light_queue(queue: str) -> str:
-    """Where the light steps of a job in ``queue`` go: ``cpu``, unless this installation has no such queue."""
-    return LIGHT_QUEUE if queue == LIGHT_QUEUE or LIGHT_QUEUE in offered_queues() else queue
+def light_queue(workers: Sequence[Worker] | None = None) -> str:
+    """Where light steps go: ``cpu``; nothing where this installation has no such queue, and they follow their job."""
+    return LIGHT_QUEUE if LIGHT_QUEUE in settings.WORKER_QUEUES or LIGHT_QUEUE in offered_queues(workers) else ""
 
 
 def step_queue(kind: str, queue: str, light: str) -> str:
     """The queue of a step of ``kind`` in a job of ``queue``."""
-    return queue if need(kind).device else light
+    return queue if need(kind).device else light or queue
 
 
 @dataclass(frozen=True)

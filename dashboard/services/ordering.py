@@ -71,7 +71,7 @@ def require_fit(found: Preflight) -> dict[str, Any]:
 
 def steps_insert(*, job: Job, planned: list[PlannedStep]) -> list[Step]:
     """Add a plan's steps behind the job's present ones. ``@3`` is the plan's fourth step: stored as its real index."""
-    offset, light = job.steps.count(), light_queue(job.queue)
+    offset, light = job.steps.count(), light_queue()
     made = Step.objects.bulk_create(
         Step(
             job=job,
