@@ -72,7 +72,7 @@ def _plain(value: object) -> str:
 def as_data(form: forms.Form) -> dict[str, Any]:
     """What a browser would send if the form were submitted as it stands."""
     values = {name: form[name].value() for name in form.fields}
-    return {name: value for name, value in values.items() if value not in (None, "", False)}
+    return {name: value for name, value in values.items() if value is not None and value is not False and value != ""}
 
 
 def check_config(form: forms.Form, config: type[Any], names: set[str]) -> None:
