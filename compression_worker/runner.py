@@ -66,10 +66,12 @@ class Runner:
             device="cpu" if spec.kind in TORCH_FREE else resolve_device(self.device),
         )
         machine.forget_peak()
+        forget_gpu_peak(context.device)
         output = function(context)
         digest = self.store.write_bytes(output.to_bytes())
         measured.setdefault("seconds", time.monotonic() - started)
         measured["peak_memory_bytes"] = float(machine.peak_bytes())
+        measured |= gpu_peak(context.device)
         return digest, output, measured
 
     def _result(self, spec: StepSpec, cached: str, emit: Emit) -> Json:
@@ -163,6 +165,25 @@ def prepare_torch() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Determinism mode also fills new memory with NaN to show errors; here it would only cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def forget_gpu_peak(device: str) -> None:
+    """From here on :func:`gpu_peak` counts anew."""
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
+
+def gpu_peak(device: str) -> dict[str, float]:
+    """The most GPU memory that a step held at once; nothing for one that computed on the CPU, which tells them apart."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch
+
+    peak = float(torch.cuda.max_memory_allocated())
+    return {"gpu_peak_memory_bytes": peak} if peak else {}
 
 
 def resolve_device(device: str) -> str:
