@@ -177,7 +177,7 @@ def forget_gpu_peak(device: str) -> None:
 
 
 def gpu_peak(device: str) -> dict[str, float]:
-    """The most GPU memory that a step held at once; nothing for one that computed on the CPU, which tells them apart."""
+    """The most GPU memory that a step held at once; nothing for one that computed on the CPU: so the two differ."""
     if not device.startswith("cuda"):
         return {}
     import torch

@@ -58,6 +58,8 @@ def _advice(job: Job) -> str:
         return ""
     if job.state == JobState.BLOCKED:
         return _("It goes on by itself as soon as that changes.")
+    if job.state == JobState.DEAD:
+        return _("The same step broke three times. Read the log, then try again or report the error.")
     match JobKind(job.kind):
         case JobKind.IMPORT:
             return _("Nothing was imported. Put the folder right, then retry.")

@@ -244,11 +244,11 @@ def _memory_problems(needs: Iterable[Need], site: Site) -> Iterator[Problem]:
 
 def _shortages(need: Need) -> Iterator[Problem]:
     memory = _(
-        "%(step)s needs %(needed)s of memory, and the roomiest worker of the queue %(queue)s gives %(has)s: "
+        "The step “%(step)s” needs %(needed)s of memory, and the roomiest worker of the queue %(queue)s gives %(has)s: "
         "%(short)s too little."
     )
     gpu = _(
-        "%(step)s needs %(needed)s of GPU memory, and the largest GPU of the queue %(queue)s has %(has)s: "
+        "The step “%(step)s” needs %(needed)s of GPU memory, and the largest GPU of the queue %(queue)s has %(has)s: "
         "%(short)s too little."
     )
     sides = (("memory", need.memory_bytes, need.room, memory), ("gpu", need.gpu_bytes, need.gpu_room, gpu))

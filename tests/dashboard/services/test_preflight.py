@@ -84,7 +84,7 @@ def test_a_job_without_room_is_refused_with_how_many_bytes_to_free(monkeypatch: 
 def test_a_job_that_fits_on_no_worker_is_refused_with_a_change_that_is_then_accepted() -> None:
     worker(memory_bytes=16_000_000_000)
     huge = {"batch_size": 64, "sequence_length": 512}
-    with pytest.raises(Refused, match=r"distillation needs .* of memory") as refusal:
+    with pytest.raises(Refused, match=r"“distillation” needs .* of memory") as refusal:
         ask(huge)
     change = re.search(r"It would fit with batch_size (\d+)\.", str(refusal.value))
     assert change, str(refusal.value)
@@ -177,7 +177,7 @@ def test_a_retry_is_judged_by_what_there_is_now(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_evaluation_is_judged_by_the_two_models_it_loads() -> None:
     worker(memory_bytes=6_000_000_000)
-    with pytest.raises(Refused, match="target needs"):
+    with pytest.raises(Refused, match="“target” needs"):
         evaluation_create(actor=person(Role.ENGINEER), variant=variant(), text_set=text())
     Worker.objects.update(memory_bytes=64_000_000_000)
     assert evaluation_create(actor=person(Role.ENGINEER), variant=variant(), text_set=text()).estimate
