@@ -31,9 +31,8 @@ from dashboard.lifecycle import (
 from dashboard.models import Attempt, Job, Step
 from dashboard.services.endings import cancel_rest, job_end, job_move, job_succeed
 from dashboard.services.logs import without_nul
-from dashboard.services.ordering import steps_insert
+from dashboard.services.ordering import steps_insert, wake_waiting
 from dashboard.services.units import recorded, unit_of_work
-from dashboard.services.wakes import wake_on_commit
 
 CLAIM_ROUNDS = 20
 
@@ -251,7 +250,7 @@ def _done(job: Job, step: Step, outcome: Outcome) -> None:
     planned = [PlannedStep(**value) for value in outcome.steps]
     if planned:
         steps_insert(job=job, planned=planned)
-    wake_on_commit(job.queue)
+    wake_waiting(job)
 
 
 def _blocked(job: Job, step: Step) -> None:
@@ -306,7 +305,7 @@ def step_release(*, claim: Claim, detail: str) -> None:
         attempt_end(step, AttemptOutcome.LOST, detail)
         _close(step, StepState.WAITING)
         job_settle(job)
-        wake_on_commit(job.queue)
+        wake_waiting(job)
 
 
 def leases_return(job: Job) -> int:
