@@ -18,8 +18,9 @@ from compression_worker.contracts import CompressionError, StepContext, StepOutp
 class Method:
     """A compression method: how people name it, where it was published, and where its code is.
 
-    ``config`` is a frozen dataclass free of torch. ``implementation`` is a module with ``plan``, ``compress`` and
-    ``restore``.
+    ``config`` is a frozen dataclass free of torch, and so is ``forecast``: a module with ``estimate(config, inputs)``
+    for the pre-flight, and with ``cheaper(config)`` and ``calmer(config)``, the changes that usually help a job that
+    does not fit or that diverged. ``implementation`` is a module with ``plan``, ``compress`` and ``restore``.
     """
 
     label: str
@@ -27,9 +28,13 @@ class Method:
     paper: str
     config: str
     implementation: str
+    forecast: str
 
     def config_class(self) -> type[Any]:
         return load(self.config)
+
+    def forecaster(self) -> Any:
+        return import_module(self.forecast)
 
 
 METHODS: dict[str, Method] = {
@@ -39,6 +44,7 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2402.10193",
         config="compression_worker.methods.bitdelta.config:BitDeltaConfig",
         implementation="compression_worker.methods.bitdelta.compress",
+        forecast="compression_worker.methods.bitdelta.estimate",
     ),
 }
 
@@ -54,6 +60,36 @@ STEPS: dict[str, str] = {
     "evaluation.summary": "compression_worker.evaluation.steps:summary_step",
     "release.rehearse": "compression_worker.rehearsal:rehearse_step",
 }
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the steps of one kind ask of a worker.
+
+    ``device``: they hold whole models and compute on the job's device, so they go to the job's own queue; all others
+    go to the queue ``cpu``. ``work``: a function without torch that counts a step's work from its parameters and the
+    job's sizes, in units whose rate is measured; a step without one is one unit.
+    """
+
+    device: bool = False
+    work: str = ""
+
+
+NEEDS: dict[str, Need] = {
+    "checkpoint.import": Need(work="compression_worker.preflight:source_work"),
+    "bitdelta.layer": Need(work="compression_worker.methods.bitdelta.estimate:layer_work"),
+    "bitdelta.rest": Need(work="compression_worker.methods.bitdelta.estimate:rest_work"),
+    "bitdelta.distill": Need(device=True, work="compression_worker.methods.bitdelta.estimate:distill_work"),
+    "bitdelta.assemble": Need(work="compression_worker.methods.bitdelta.estimate:assemble_work"),
+    "evaluation.target": Need(device=True, work="compression_worker.evaluation.estimate:target_work"),
+    "evaluation.summary": Need(work="compression_worker.evaluation.estimate:summary_work"),
+    "release.rehearse": Need(device=True, work="compression_worker.preflight:source_work"),
+}
+"""One line for each kind of step that is not a trifle for the processor."""
+
+
+def need(kind: str) -> Need:
+    return NEEDS.get(kind, Need())
 
 
 def load(path: str) -> Any:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import sys
 import time
 import traceback
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from compression_worker import catalog, faults
+from compression_worker import catalog, faults, machine
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput, StepSpec
 from compression_worker.faults import failpoint
 from compression_worker.store import NoRoom, Store
@@ -79,13 +78,16 @@ class Runner:
         )
         if damaged := self._damaged_inputs(spec):
             raise DamagedInputs(damaged)
+        machine.forget_peak()
+        forget_gpu_peak(context.device)
         failpoint("child.compute")
         output = function(context)
         failpoint("child.computed")
         digest = self.store.write_bytes(output.to_bytes())
         failpoint("child.stored")
         measured.setdefault("seconds", time.monotonic() - started)
-        measured["peak_memory_bytes"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        measured["peak_memory_bytes"] = float(machine.peak_bytes())
+        measured |= gpu_peak(context.device)
         return digest, output, measured
 
     def _result(self, spec: StepSpec, cached: str, emit: Emit) -> Json:
@@ -201,6 +203,25 @@ def prepare_torch() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Determinism mode also fills new memory with NaN to show errors; here it would only cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def forget_gpu_peak(device: str) -> None:
+    """From here on :func:`gpu_peak` counts anew."""
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+
+
+def gpu_peak(device: str) -> dict[str, float]:
+    """The most GPU memory that a step held at once; nothing for one that computed on the CPU: so the two differ."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch
+
+    peak = float(torch.cuda.max_memory_allocated())
+    return {"gpu_peak_memory_bytes": peak} if peak else {}
 
 
 def resolve_device(device: str) -> str:

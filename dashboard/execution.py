@@ -27,8 +27,10 @@ from django.db import InterfaceError, OperationalError, close_old_connections
 from django.utils import timezone
 
 from compression_worker import faults
+from compression_worker.contracts import CODE_VERSION
 from compression_worker.faults import failpoint
 from compression_worker.launcher import Launcher, Outcome, child_command
+from compression_worker.machine import this_machine
 from dashboard.celery import RECONCILE_SECONDS
 from dashboard.lifecycle import CancelRequest
 from dashboard.services.demo import demo_advance
@@ -169,7 +171,15 @@ class Execution:
 
     def announce(self) -> None:
         """Tell the others that this worker is alive."""
-        worker_seen(name=self.name, queues=self.queues, device=settings.STEP_DEVICE, pid=os.getpid())
+        machine = this_machine(settings.STEP_MEMORY_LIMIT_MB)
+        worker_seen(
+            name=self.name,
+            queues=self.queues,
+            device=settings.STEP_DEVICE,
+            pid=os.getpid(),
+            machine=machine,
+            code_version=CODE_VERSION,
+        )
 
     def tend(self) -> None:
         """What an idle worker does now and then, and a busy one between two looks at its child."""

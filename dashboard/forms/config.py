@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import Field, fields
 from typing import Any
 
 from django import forms
 from django.utils.translation import gettext as translated
+from django.utils.translation import gettext_lazy as _
 
 from compression_worker.contracts import CompressionError
 from dashboard.selectors.outcomes import config_label
@@ -39,6 +41,38 @@ def _field(one: Field[Any]) -> forms.Field:
             return forms.FloatField(widget=forms.NumberInput(attrs={"step": "any"}), **common)
     widget = forms.Textarea(attrs={"rows": 4}) if one.name in LONG_TEXT else forms.TextInput()
     return forms.CharField(widget=widget, **common)
+
+
+def queue_field(queues: list[str], chosen: str) -> forms.ChoiceField:
+    """Where the steps go that hold whole models; the others always go to workers without a GPU."""
+    return forms.ChoiceField(
+        label=_("Queue"),
+        choices=[(name, name) for name in queues],
+        initial=chosen,
+        help_text=_("Where the steps go that load whole models. Copying and hashing is done in the queue cpu."),
+    )
+
+
+def change_marks(form: forms.Form, before: Mapping[str, Any]) -> dict[str, str]:
+    """Field -> what it was before, for those that begin with another value than a former job had."""
+    marks = {}
+    for name in form.fields:
+        present = form[name].value()
+        if name in before and _plain(present) != _plain(before[name]):
+            marks[name] = _plain(before[name]) or "–"
+    return marks
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return "\n".join(str(one) for one in value)
+    return "" if value is None else str(value)
+
+
+def as_data(form: forms.Form) -> dict[str, Any]:
+    """What a browser would send if the form were submitted as it stands."""
+    values = {name: form[name].value() for name in form.fields}
+    return {name: value for name, value in values.items() if value is not None and value is not False and value != ""}
 
 
 def check_config(form: forms.Form, config: type[Any], names: set[str]) -> None:

@@ -12,11 +12,13 @@ from django.utils.translation import gettext_lazy
 
 from compression_worker.evaluation.config import EvaluationConfig
 from dashboard.formats import byte_words
-from dashboard.forms.config import check_config, config_fields
+from dashboard.forms.config import check_config, config_fields, queue_field
 from dashboard.lifecycle import ArtifactState
-from dashboard.models import Artifact, Checkpoint, SampleSet
+from dashboard.models import Artifact, Checkpoint, Job, SampleSet
 from dashboard.models.evaluations import SampleKind
 from dashboard.selectors.evaluations import sample_set_choices
+from dashboard.selectors.preflight import Preflight, evaluation_inputs, evaluation_preflight
+from dashboard.selectors.queues import default_queue, offered_queues
 
 
 class SampleSetForm(forms.Form):
@@ -88,6 +90,9 @@ class EvaluationForm(forms.Form):
         made = config_fields(EvaluationConfig)
         self.config_names = set(made)
         self.fields.update(made)
+        queues = offered_queues()
+        if len(queues) > 1:
+            self.fields["queue"] = queue_field(queues, default_queue())
         self.fields["target"].choices = _targets()  # type: ignore[attr-defined]
         self.fields["text_set"].queryset = sample_set_choices(SampleKind.TEXT)  # type: ignore[attr-defined]
         self.fields["choice_set"].queryset = sample_set_choices(SampleKind.CHOICE)  # type: ignore[attr-defined]
@@ -102,6 +107,33 @@ class EvaluationForm(forms.Form):
     @property
     def config_values(self) -> dict[str, Any]:
         return {name: self.cleaned_data[name] for name in self.fields if name in self.config_names}
+
+    @property
+    def queue(self) -> str:
+        return self.cleaned_data.get("queue") or default_queue()
+
+    def preflight(self) -> Preflight | None:
+        """What the measurement would need as the form stands; None while target or settings are not sound."""
+        self.is_valid()
+        values = self.cleaned_data
+        if "target" not in values or not self.config_names <= values.keys():
+            return None
+        variant, artifact = values["target"]
+        inputs = evaluation_inputs(variant, artifact, values.get("text_set"), values.get("choice_set"))
+        return evaluation_preflight(EvaluationConfig(**self.config_values), inputs, self.queue)
+
+
+def evaluation_initial(job: Job) -> dict[str, Any]:
+    """What the form of ``job`` said, to start a changed copy from."""
+    spec = job.spec or {}
+    artifact = spec.get("artifact")
+    return {
+        "target": f"a{artifact}" if artifact else f"c{job.variant_id}",
+        "text_set": spec.get("text_set"),
+        "choice_set": spec.get("choice_set"),
+        "queue": job.queue,
+        **(spec.get("config") or {}),
+    }
 
 
 def _targets() -> list[tuple[str, Any]]:

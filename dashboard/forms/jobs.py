@@ -8,11 +8,13 @@ from django import forms
 from django.utils.translation import gettext_lazy as _
 
 from compression_worker.catalog import METHODS
-from dashboard.forms.config import check_config, config_fields
+from dashboard.forms.config import check_config, config_fields, queue_field
 from dashboard.lifecycle import JobKind, JobState
-from dashboard.models import Checkpoint, Job, SampleSet
+from dashboard.models import Checkpoint, Job, Priority, SampleSet
 from dashboard.selectors.evaluations import sample_set_choices
 from dashboard.selectors.jobs import STATE_FILTERS
+from dashboard.selectors.preflight import Preflight, compression_inputs, compression_preflight
+from dashboard.selectors.queues import default_queue, offered_queues
 
 
 class MethodForm(forms.Form):
@@ -34,17 +36,27 @@ class MethodForm(forms.Form):
     seed = forms.IntegerField(
         label=_("Seed"), initial=0, min_value=0, help_text=_("Same inputs, same seed: same bytes.")
     )
-    priority = forms.IntegerField(
-        label=_("Priority"), initial=0, min_value=-100, max_value=100, help_text=_("Higher is claimed first.")
+    priority = forms.TypedChoiceField(
+        label=_("Priority"),
+        coerce=int,
+        initial=Priority.NORMAL,
+        choices=Priority.choices,
+        help_text=_("Urgent jobs are claimed before all others, those for idle hours after them."),
     )
 
     def __init__(self, *args: Any, method: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.config = METHODS[method].config_class()
+        self.method, self.config = method, METHODS[method].config_class()
         made = config_fields(self.config)
         self.config_names = set(made)
         tail = {name: self.fields.pop(name) for name in ("seed", "priority")}
         self.fields.update(made | tail)
+        queues = offered_queues()
+        if len(queues) > 1:
+            self.fields["queue"] = queue_field(queues, default_queue())
+        present = self.initial.get("priority")
+        if present not in (None, *Priority.values):
+            self.fields["priority"].choices = [*Priority.choices, (present, f"{present}")]  # type: ignore[attr-defined]
         variants = Checkpoint.objects.filter(base__isnull=False).select_related("base")
         self.fields["variant"].queryset = variants  # type: ignore[attr-defined]
         self.fields["calibration"].queryset = sample_set_choices("text")  # type: ignore[attr-defined]
@@ -62,6 +74,19 @@ class MethodForm(forms.Form):
     def config_values(self) -> dict[str, Any]:
         return {name: self.cleaned_data[name] for name in self.fields if name in self.config_names}
 
+    @property
+    def queue(self) -> str:
+        return self.cleaned_data.get("queue") or default_queue()
+
+    def preflight(self) -> Preflight | None:
+        """What the job would need as the form stands; None while variant or settings are not sound."""
+        self.is_valid()
+        values = self.cleaned_data
+        if "variant" not in values or not self.config_names <= values.keys():
+            return None
+        inputs = compression_inputs(values["variant"], values.get("calibration"))
+        return compression_preflight(self.method, self.config(**self.config_values), inputs, self.queue)
+
 
 def clone_initial(job: Job) -> dict[str, Any]:
     """What the form of ``job`` said, to start a changed copy from."""
@@ -71,6 +96,7 @@ def clone_initial(job: Job) -> dict[str, Any]:
         "calibration": spec.get("calibration"),
         "seed": spec.get("seed", 0),
         "priority": job.priority,
+        "queue": job.queue,
         **(spec.get("config") or {}),
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 from django import forms
 from django.utils.translation import gettext_lazy as _
 
-from dashboard.models import Checkpoint
+from dashboard.models import Checkpoint, Job
 from dashboard.services.registry import import_folders
 
 
@@ -50,6 +50,15 @@ class ImportForm(forms.Form):
     def clean_folder(self) -> tuple[str, str]:
         root, _slash, folder = self.cleaned_data["folder"].partition("/")
         return root, folder
+
+
+def import_initial(job: Job | None) -> dict[str, Any]:
+    """What the form of a former import said, to begin again from."""
+    spec = (job.spec if job else None) or {}
+    return {
+        "folder": f"{spec['root']}/{spec['folder']}" if "folder" in spec else None,
+        **{name: spec.get(name) for name in ("name", "base", "licence")},
+    }
 
 
 class RetireForm(forms.Form):

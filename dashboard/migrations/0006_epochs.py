@@ -53,7 +53,7 @@ SELECT concat_ws('-', (SELECT system_identifier FROM pg_control_system()),
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('dashboard', '0002_serving_pointer'),
+        ('dashboard', '0004_preflight'),
     ]
 
     operations = [

@@ -2,7 +2,7 @@
 
 from dashboard.models.accounts import User
 from dashboard.models.evaluations import Evaluation, SampleSet
-from dashboard.models.jobs import Attempt, Job, LogLine, Step, Worker
+from dashboard.models.jobs import Attempt, Job, LogLine, Priority, Step, Worker
 from dashboard.models.recovery import Recovery
 from dashboard.models.registry import Artifact, Checkpoint
 from dashboard.models.releases import (
@@ -25,6 +25,7 @@ __all__ = [
     "Job",
     "LogLine",
     "Policy",
+    "Priority",
     "Recovery",
     "RollbackCertificate",
     "SampleSet",

@@ -19,6 +19,14 @@ from dashboard.lifecycle import (
 )
 
 
+class Priority(models.IntegerChoices):
+    """The three classes of the form. Any number between them is allowed: higher is claimed first."""
+
+    URGENT = 10, _("urgent")
+    NORMAL = 0, _("normal")
+    IDLE = -10, _("when idle")
+
+
 @pghistory.track(
     pghistory.InsertEvent(),
     pghistory.UpdateEvent(condition=pghistory.AnyChange("state", "cancel_requested", "priority")),
@@ -37,7 +45,8 @@ class Job(models.Model):
     blocked_reason = models.CharField(max_length=16, choices=BlockedReason.choices, blank=True, default="")
     cancel_requested = models.CharField(max_length=8, choices=CancelRequest.choices, blank=True, default="")
     priority = models.SmallIntegerField(_("priority"), default=0)  # higher is claimed first
-    queue = models.CharField(max_length=32, default="cpu")
+    queue = models.CharField(max_length=32, default="cpu")  # of the steps that need the device; the others go to cpu
+    estimate = models.JSONField(null=True)  # what the pre-flight promised when the job was accepted
     cloned_from = models.ForeignKey("self", models.SET_NULL, null=True, related_name="clones")
     error_code = models.CharField(max_length=64, blank=True, default="")
     error = models.TextField(blank=True, default="")
@@ -69,6 +78,13 @@ class Job(models.Model):
     @property
     def is_terminal(self) -> bool:
         return JobState(self.state) in TERMINAL_JOB_STATES
+
+    @property
+    def priority_words(self) -> str:
+        """The class, with the number where it is between two of them."""
+        nearest = max((one for one in Priority if one <= self.priority), default=Priority.IDLE)
+        label = str(nearest.label)
+        return label if nearest == self.priority else f"{label} ({self.priority:+d})"
 
 
 class Step(models.Model):
@@ -110,6 +126,7 @@ class Step(models.Model):
             models.Index(fields=["queue", "job", "index"], name="step_waiting", condition=models.Q(state="waiting")),
             models.Index(fields=["lease_until"], name="step_leased", condition=models.Q(state="running")),
             models.Index(fields=["key"], name="step_done_by_key", condition=models.Q(state="done")),
+            models.Index(fields=["kind", "-id"], name="step_measured", condition=models.Q(state="done", reused=False)),
         ]
 
 
@@ -151,6 +168,12 @@ class Worker(models.Model):
     pid = models.IntegerField()
     started_at = models.DateTimeField()
     seen_at = models.DateTimeField()
+    memory_bytes = models.BigIntegerField(null=True)  # of the machine; null here and below is unknown
+    memory_limit_bytes = models.BigIntegerField(null=True)  # of a computing child
+    gpu_name = models.CharField(max_length=100, blank=True, default="", db_default="")
+    gpu_memory_bytes = models.BigIntegerField(null=True)
+    code_version = models.CharField(max_length=32, blank=True, default="", db_default="")
+    trouble = models.TextField(blank=True, default="", db_default="")  # why it takes no work: its disk, its device
 
     class Meta:
         ordering = ["name"]

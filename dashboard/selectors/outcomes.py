@@ -13,13 +13,14 @@ from django.utils.translation import gettext_lazy
 
 from compression_worker.catalog import METHODS
 from compression_worker.evaluation.config import EvaluationConfig
-from dashboard.lifecycle import JobKind, JobState, StepState
+from dashboard.lifecycle import JobKind, JobState
 from dashboard.models import Artifact, Checkpoint, Evaluation, Job, RollbackCertificate, SampleSet, Step
+from dashboard.selectors.failure_cards import FailureCard, failure_card
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A card. ``href`` leads on: to the result, or to the thing to change."""
+    """A card. ``href`` leads on to the result; ``card`` says the cause of what went wrong, and what to try."""
 
     tone: str
     title: str
@@ -28,32 +29,37 @@ class Outcome:
     advice: str = ""
     href: str = ""
     href_label: str = ""
+    card: FailureCard | None = None
 
 
 def job_outcome(job: Job, steps: Sequence[Step]) -> Outcome | None:
-    match job.state:
-        case JobState.SUCCEEDED:
-            return _result(job)
-        case JobState.FAILED:
-            return Outcome("bad", _("The job says no"), job.error, _where(steps), _advice(job))
-        case JobState.DEAD:
-            advice = _("The same step broke three times. Read the log, then try again or report the error.")
-            return Outcome("bad", _("The job broke"), job.error, _where(steps), advice)
-        case JobState.CANCELLED:
-            advice = _("What was done is kept: a retry goes on from there.")
-            return Outcome("caution", _("Stopped by a person"), job.error, advice=advice)
-        case JobState.BLOCKED:
-            advice = _("It goes on by itself as soon as that changes.")
-            return Outcome("caution", _("Waiting"), job.get_blocked_reason_display(), advice=advice)
-    return None
+    if job.state == JobState.SUCCEEDED:
+        return _result(job)
+    card = failure_card(job, steps)
+    if card is None:
+        return None
+    words = {
+        JobState.FAILED: ("bad", _("The job says no")),
+        JobState.DEAD: ("bad", _("The job broke")),
+        JobState.CANCELLED: ("caution", _("Stopped by a person")),
+        JobState.BLOCKED: ("caution", _("Waiting")),
+    }
+    tone, title = words[JobState(job.state)]
+    text = job.get_blocked_reason_display() if job.state == JobState.BLOCKED else job.error
+    return Outcome(tone, title, text, _where(card.step), _advice(job), card=card)
 
 
-def _where(steps: Sequence[Step]) -> str:
-    broken = next((step for step in steps if step.state in (StepState.FAILED, StepState.DEAD)), None)
-    return _("in step %(number)s, %(name)s") % {"number": broken.index + 1, "name": broken.name} if broken else ""
+def _where(step: Step | None) -> str:
+    return _("in step %(number)s, %(name)s") % {"number": step.index + 1, "name": step.name} if step else ""
 
 
 def _advice(job: Job) -> str:
+    if job.state == JobState.CANCELLED:
+        return ""
+    if job.state == JobState.BLOCKED:
+        return _("It goes on by itself as soon as that changes.")
+    if job.state == JobState.DEAD:
+        return _("The same step broke three times. Read the log, then try again or report the error.")
     match JobKind(job.kind):
         case JobKind.IMPORT:
             return _("Nothing was imported. Put the folder right, then retry.")

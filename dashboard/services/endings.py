@@ -16,9 +16,9 @@ from dashboard import transitions
 from dashboard.lifecycle import AttemptOutcome, JobKind, JobState, Refused, StepState
 from dashboard.models import Attempt, Job
 from dashboard.services.evaluations import evaluation_publish
+from dashboard.services.ordering import wake_waiting
 from dashboard.services.registry import artifact_publish, checkpoint_publish
 from dashboard.services.releases import certificate_publish
-from dashboard.services.wakes import wake_on_commit
 from dashboard.transitions import Effect, JobFacts
 
 PUBLISHERS: dict[str, Any] = {
@@ -46,7 +46,7 @@ def job_apply(
     if Effect.PUBLISH in effects:
         _publish(job)
     if Effect.WAKE in effects:
-        wake_on_commit(job.queue)
+        wake_waiting(job)
 
 
 def _write(job: Job, facts: JobFacts) -> None:

@@ -17,7 +17,8 @@ from compression_worker.samples import parse_samples
 from compression_worker.store import NoRoom, Store
 from dashboard.lifecycle import ArtifactState, Conflict, JobKind, Refused
 from dashboard.models import Artifact, Checkpoint, Evaluation, Job, SampleSet, Step, User
-from dashboard.services.ordering import job_order
+from dashboard.selectors.preflight import evaluation_inputs, evaluation_preflight
+from dashboard.services.ordering import job_order, queue_checked, require_fit
 from dashboard.services.units import authorise, recorded, unit_of_work
 
 
@@ -87,12 +88,15 @@ def evaluation_create(
     config: dict[str, Any] | None = None,
     priority: int = 0,
     cloned_from: Job | None = None,
+    queue: str = "",
 ) -> Job:
     """Queue a measurement of base, variant and (if given) artifact on a text set, a choice set, or both."""
     actor = authorise(actor, "job.create")
     artifact = Artifact.objects.get(pk=artifact.pk) if artifact else None
     _check_targets(variant, artifact, text_set, choice_set)
-    settled = _settled(config or {})
+    parsed = _parsed(config or {})
+    settled, queue = asdict(parsed), queue_checked(queue)
+    fit = evaluation_preflight(parsed, evaluation_inputs(variant, artifact, text_set, choice_set), queue)
     inputs = {
         "variant": variant.digest,
         "base": variant.base.digest if variant.base else "",
@@ -124,6 +128,8 @@ def evaluation_create(
             variant=variant,
             priority=priority,
             cloned_from=cloned_from,
+            queue=queue,
+            estimate=require_fit(fit),
         )
 
 
@@ -142,10 +148,10 @@ def _check_targets(
         raise Refused(_("'%(artifact)s' is no longer published") % {"artifact": artifact.name})
 
 
-def _settled(config: dict[str, Any]) -> dict[str, Any]:
+def _parsed(config: dict[str, Any]) -> EvaluationConfig:
     """The whole configuration, defaults written out, so that a later default changes no old job."""
     try:
-        return asdict(EvaluationConfig(**config))
+        return EvaluationConfig(**config)
     except CompressionError as error:
         raise Refused(error.message) from error
     except (TypeError, ValueError) as error:

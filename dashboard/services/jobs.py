@@ -9,11 +9,19 @@ from django.utils.translation import gettext as _
 
 from compression_worker import catalog
 from compression_worker.contracts import CompressionError, PlannedStep
+from compression_worker.evaluation.config import EvaluationConfig
 from compression_worker.faults import failpoint
 from dashboard.lifecycle import CancelRequest, JobKind, Refused
-from dashboard.models import Checkpoint, Job, SampleSet, User
+from dashboard.models import Artifact, Checkpoint, Job, SampleSet, User
+from dashboard.selectors.preflight import (
+    compression_inputs,
+    compression_preflight,
+    evaluation_inputs,
+    evaluation_preflight,
+)
+from dashboard.selectors.queues import default_queue, offered_queues
 from dashboard.services.endings import job_ask_cancel
-from dashboard.services.ordering import job_order, unique_seed
+from dashboard.services.ordering import job_order, queue_checked, require_fit, unique_seed
 from dashboard.services.registry import check_import_name
 from dashboard.services.units import authorise, recorded, unit_of_work
 
@@ -21,6 +29,8 @@ SMALLINT = 32_767
 BIGINT = 2**63 - 1
 REDONE_KINDS = frozenset({JobKind.IMPORT, JobKind.REHEARSE})
 """Their steps look at the world outside the store, so that a former result proves nothing."""
+FORECAST_KINDS = frozenset({JobKind.COMPRESS, JobKind.EVALUATE})
+SET_NAMES = ("text_set", "choice_set")
 
 
 @unit_of_work
@@ -34,15 +44,21 @@ def compression_create(
     seed: int = 0,
     priority: int = 0,
     cloned_from: Job | None = None,
+    queue: str = "",
 ) -> Job:
-    """Queue a compression of ``variant`` against its base. ``config``: fields of the method's config class."""
+    """Queue a compression of ``variant`` against its base. ``config``: fields of the method's config class.
+
+    ``queue`` is where its heavy steps go. Refused when it cannot fit on the disk or on any worker alive there.
+    """
     actor = authorise(actor, "job.create")
-    settled = _settled(method, config)
+    parsed = _parsed(method, config)
+    settled, queue = asdict(parsed), queue_checked(queue)
     if variant.base is None:
         raise Refused(_("'%(name)s' has no base model to take the difference from") % {"name": variant.name})
     if calibration is not None and calibration.kind != "text":
         raise Refused(_("'%(set)s' is not a text set") % {"set": calibration})
     _check_numbers(seed, priority)
+    fit = compression_preflight(method, parsed, compression_inputs(variant, calibration), queue)
     inputs = {"base": variant.base.digest, "variant": variant.digest}
     if calibration is not None:
         inputs["calibration"] = calibration.digest
@@ -65,13 +81,15 @@ def compression_create(
             method=method,
             priority=priority,
             cloned_from=cloned_from,
+            queue=queue,
+            estimate=require_fit(fit),
         )
 
 
-def _settled(method: str, config: dict[str, Any]) -> dict[str, Any]:
+def _parsed(method: str, config: dict[str, Any]) -> Any:
     """The whole configuration, defaults written out, so that a later default changes no old job."""
     try:
-        return asdict(catalog.method(method).config_class()(**config))
+        return catalog.method(method).config_class()(**config)
     except CompressionError as error:
         raise Refused(error.message) from error
     except (TypeError, ValueError) as error:
@@ -108,6 +126,8 @@ def job_retry(*, actor: User, job: Job) -> Job:
         check_import_name(job.spec["name"])
     if job.kind in REDONE_KINDS:
         first = PlannedStep(**(first.to_json() | {"seed": unique_seed()}))
+    queue = job.queue if job.queue in offered_queues() else default_queue()
+    estimate = _fit_again(job, queue)
     with recorded(actor=actor, reason=f"again: job {job.pk}"):
         return job_order(
             actor=actor,
@@ -120,7 +140,23 @@ def job_retry(*, actor: User, job: Job) -> Job:
             priority=job.priority,
             cloned_from=job,
             is_demo=job.is_demo,
+            queue=queue,
+            estimate=estimate,
         )
+
+
+def _fit_again(job: Job, queue: str) -> dict[str, Any] | None:
+    """The pre-flight of a retry: what did not fit before may fit now, and the other way round."""
+    if job.variant is None or not isinstance(job.spec.get("config"), dict) or job.kind not in FORECAST_KINDS:
+        return job.estimate
+    sets = {name: SampleSet.objects.filter(pk=job.spec.get(name)).first() for name in ("calibration", *SET_NAMES)}
+    if job.kind == JobKind.COMPRESS:
+        config = _parsed(job.method, job.spec["config"])
+        inputs = compression_inputs(job.variant, sets["calibration"])
+        return require_fit(compression_preflight(job.method, config, inputs, queue))
+    artifact = Artifact.objects.filter(pk=job.spec.get("artifact")).first()
+    inputs = evaluation_inputs(job.variant, artifact, *(sets[name] for name in SET_NAMES))
+    return require_fit(evaluation_preflight(EvaluationConfig.from_json(job.spec["config"]), inputs, queue))
 
 
 @unit_of_work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from django.db.models import QuerySet
 from django.utils import timezone
 
 from compression_worker.faults import failpoint
+from compression_worker.machine import Machine
 from compression_worker.store import Store
 from dashboard import transitions
 from dashboard.lifecycle import BlockedReason, JobState, Refused, StepState
@@ -97,22 +99,16 @@ def _wake_queues() -> None:
 
 
 @unit_of_work
-def worker_seen(*, name: str, queues: list[str], device: str, pid: int) -> None:
-    """Note that a worker process is alive."""
+def worker_seen(
+    *, name: str, queues: list[str], device: str, pid: int, machine: Machine | None = None, code_version: str = ""
+) -> None:
+    """Note that a worker process is alive, and what it has."""
     failpoint("worker.seen")
     now = timezone.now()
-    known = Worker.objects.filter(name=name).update(queues=",".join(queues), device=device, pid=pid, seen_at=now)
-    if not known:
-        Worker.objects.get_or_create(
-            name=name,
-            defaults={
-                "queues": ",".join(queues),
-                "device": device,
-                "pid": pid,
-                "started_at": now,
-                "seen_at": now,
-            },
-        )
+    facts = {"queues": ",".join(queues), "device": device, "pid": pid, "seen_at": now, "code_version": code_version}
+    facts |= asdict(machine) if machine else {}
+    if not Worker.objects.filter(name=name).update(**facts):
+        Worker.objects.get_or_create(name=name, defaults=facts | {"started_at": now})
 
 
 @unit_of_work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from django.conf import settings
@@ -10,9 +11,12 @@ from django.utils.translation import gettext as _
 
 from compression_worker.contracts import PlannedStep
 from compression_worker.faults import failpoint
+from compression_worker.preflight import import_estimate
 from dashboard.lifecycle import ACTIVE_JOB_STATES, ArtifactState, JobKind, Refused
 from dashboard.models import Artifact, Checkpoint, Environment, Job, Step, User
-from dashboard.services.ordering import job_order, unique_seed
+from dashboard.selectors.preflight import plain_preflight
+from dashboard.selectors.queues import default_queue
+from dashboard.services.ordering import job_order, require_fit, unique_seed
 from dashboard.services.units import authorise, recorded, required, unit_of_work
 
 
@@ -45,6 +49,8 @@ def checkpoint_import(
         seed=unique_seed(),
     )
     spec = {"root": root, "folder": folder, "name": name, "licence": licence, "base": base.pk if base else None}
+    size, weights = _folder_bytes(os.path.join(settings.IMPORT_ROOTS[root], folder))
+    fit = plain_preflight(import_estimate(size, weights), default_queue())
     with recorded(actor=actor, reason=f"import {root}/{folder} as {name}"):
         return job_order(
             actor=actor,
@@ -53,6 +59,7 @@ def checkpoint_import(
             spec=spec,
             first=first,
             is_demo=is_demo or root == "demo" or bool(base and base.is_demo),
+            estimate=require_fit(fit),
         )
 
 
@@ -74,6 +81,18 @@ def _holds_model(folder: str) -> bool:
             return any(entry.name.endswith(MODEL_FILES) for entry in entries)
     except OSError:
         return True  # what cannot be looked at is better refused by an import, with its reason, than hidden
+
+
+def _folder_bytes(path: str) -> tuple[int, int]:
+    """Bytes of the files of a folder and of the weights among them, by their entries: none is opened."""
+    sizes = [0, 0]
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                size = entry.stat(follow_symlinks=False).st_size
+                sizes[0] += size
+                sizes[1] += size if entry.name.endswith(".safetensors") else 0
+    return sizes[0], sizes[1]
 
 
 def _folders(path: str) -> list[str]:

@@ -11,9 +11,11 @@ from django.utils.translation import gettext as _
 
 from compression_worker.contracts import PlannedStep
 from compression_worker.faults import failpoint
+from compression_worker.preflight import rehearsal_estimate
 from dashboard.lifecycle import ACTIVE_JOB_STATES, ApprovalState, ArtifactState, JobKind, Refused
 from dashboard.models import Approval, Checkpoint, Job, RollbackCertificate, Step, User
 from dashboard.selectors.approvals import certificate_valid
+from dashboard.selectors.preflight import model_of
 from dashboard.services.ordering import job_order, unique_seed
 from dashboard.services.units import authorise, recorded, unit_of_work
 
@@ -34,7 +36,10 @@ def rehearsal_create(*, actor: User, variant: Checkpoint) -> Job:
 
 
 def rehearsal_order(*, actor: User, variant: Checkpoint) -> Job:
-    """Write the job down. Its key is its own each time: a rehearsal from memory proves nothing."""
+    """Write the job down. Its key is its own each time: a rehearsal from memory proves nothing.
+
+    It is never refused for want of room: the way back is worth a try.
+    """
     first = PlannedStep(
         name="rehearse",
         kind="release.rehearse",
@@ -50,6 +55,7 @@ def rehearsal_order(*, actor: User, variant: Checkpoint) -> Job:
         spec={"prompt": PROMPT},
         first=first,
         variant=variant,
+        estimate=rehearsal_estimate(model_of(variant)).to_json(),
     )
 
 

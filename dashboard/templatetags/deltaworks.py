@@ -231,6 +231,12 @@ def group_name(group: str) -> object:
 
 
 @register.simple_tag
+def step_name(kind: str) -> str:
+    """A kind of step (``bitdelta.distill``) as people read it."""
+    return group_label(kind.partition(".")[2])
+
+
+@register.simple_tag
 def server_state(state: str) -> SafeString:
     return badge(state, SERVER_STATES.get(state, state))
 

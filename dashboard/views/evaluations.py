@@ -8,12 +8,15 @@ from django.shortcuts import redirect, render
 from django.utils.translation import gettext as _
 from django.views.decorators.http import require_GET, require_http_methods
 
-from dashboard.forms.evaluations import EvaluationForm, SampleSetForm
+from dashboard.forms.config import as_data, change_marks
+from dashboard.forms.evaluations import EvaluationForm, SampleSetForm, evaluation_initial
+from dashboard.lifecycle import JobKind
 from dashboard.models import Evaluation, SampleSet
 from dashboard.permissions import rule
 from dashboard.selectors import evaluations
 from dashboard.services.evaluations import evaluation_create, sample_set_create
-from dashboard.views.answers import SignedInRequest, attempt, found
+from dashboard.views.answers import SignedInRequest, attempt, found, wants_region
+from dashboard.views.previews import original_job, preview
 
 
 @rule("page.view")
@@ -43,9 +46,13 @@ def evaluation_detail(request: HttpRequest, pk: int) -> HttpResponse:
 @rule("job.create")
 @require_http_methods(["GET", "POST"])
 def evaluation_new(request: SignedInRequest) -> HttpResponse:
-    form = EvaluationForm(request.POST or None, initial={"target": request.GET.get("target", "")})
+    """A POST with ``check`` only shows what the measurement would come to; any other one queues it."""
+    original = original_job(request, JobKind.EVALUATE)
+    before = evaluation_initial(original) if original else {}
+    given = {name: value for name, value in request.GET.items() if name != "from"}
+    form = EvaluationForm(request.POST or None, initial=before | given)
     status = 200
-    if request.method == "POST":
+    if request.method == "POST" and "check" not in request.POST:
         status = 422
         if form.is_valid():
             variant, artifact = form.cleaned_data["target"]
@@ -58,11 +65,20 @@ def evaluation_new(request: SignedInRequest) -> HttpResponse:
                     text_set=form.cleaned_data["text_set"],
                     choice_set=form.cleaned_data["choice_set"],
                     config=form.config_values,
+                    cloned_from=original,
+                    queue=form.queue,
                 ),
             )
             if job is not None:
                 return redirect("job-detail", job.pk)
-    return render(request, "evaluations/new.html", {"form": form}, status=status)
+    context = {
+        "form": form,
+        "original": original,
+        "marks": change_marks(form, before),
+        **preview(request, form, EvaluationForm(as_data(form))),
+    }
+    region = "#preview" if wants_region(request) and "check" in request.POST else ""
+    return render(request, f"evaluations/new.html{region}", context, status=status)
 
 
 @rule("page.view")

@@ -11,14 +11,16 @@ from django.utils.translation import gettext as _
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from compression_worker.catalog import METHODS
+from dashboard.forms.config import as_data, change_marks
 from dashboard.forms.jobs import JobFilterForm, MethodForm, clone_initial
 from dashboard.lifecycle import CancelRequest, JobKind, Refused
-from dashboard.models import Job
+from dashboard.models import Job, Priority
 from dashboard.permissions import rule
 from dashboard.pictures import curve_picture, strip_picture, timeline_picture
-from dashboard.selectors import jobs, outcomes, sizes
+from dashboard.selectors import jobs, outcomes, promises, sizes, waiting
 from dashboard.services.jobs import compression_create, job_cancel, job_reprioritise, job_retry
-from dashboard.views.answers import SignedInRequest, attempt, found, live
+from dashboard.views.answers import SignedInRequest, attempt, found, live, wants_region
+from dashboard.views.previews import original_job, preview
 
 
 @rule("page.view")
@@ -36,7 +38,8 @@ def job_list(request: HttpRequest) -> HttpResponse:
         "is_filtered": bool(query or state or kind),
         "is_moving": any(not job.is_terminal for job in page),
     }
-    return live(request, "jobs/list.html", "rows", lambda: context, jobs.jobs_version(page))
+    version = (jobs.jobs_version(page), waiting.reasons_clock(page))
+    return live(request, "jobs/list.html", "rows", lambda: context | {"waits": waiting.waits(page)}, version)
 
 
 @rule("job.create")
@@ -50,13 +53,15 @@ def job_new(request: HttpRequest) -> HttpResponse:
 @rule("job.create")
 @require_http_methods(["GET", "POST"])
 def job_create(request: SignedInRequest, method: str) -> HttpResponse:
+    """A POST with ``check`` only shows what the job would come to; any other one queues it."""
     if method not in METHODS:
         raise Http404(_("There is no method of that name."))
-    original = _original(request)
-    initial = clone_initial(original) if original else {"variant": request.GET.get("variant")}
-    form = MethodForm(request.POST or None, method=method, initial=initial)
+    original = original_job(request, JobKind.COMPRESS)
+    before = clone_initial(original) if original else {}
+    given = {name: value for name, value in request.GET.items() if name != "from"}
+    form = MethodForm(request.POST or None, method=method, initial=before | given)
     status = 200
-    if request.method == "POST":
+    if request.method == "POST" and "check" not in request.POST:
         status = 422
         if form.is_valid():
             job, status = attempt(form, lambda: _compress(request, method, form, original))
@@ -67,15 +72,12 @@ def job_create(request: SignedInRequest, method: str) -> HttpResponse:
         "method": METHODS[method],
         "name": method,
         "original": original,
+        "marks": change_marks(form, before),
         "sizes": sizes.predictions(method),
+        **preview(request, form, MethodForm(as_data(form), method=method)),
     }
-    return render(request, "jobs/create.html", context, status=status)
-
-
-def _original(request: HttpRequest) -> Job | None:
-    """The job that this one is a changed copy of."""
-    number = request.GET.get("from", "")
-    return Job.objects.filter(pk=int(number), kind=JobKind.COMPRESS).first() if number.isdecimal() else None
+    region = "#preview" if wants_region(request) and "check" in request.POST else ""
+    return render(request, f"jobs/create.html{region}", context, status=status)
 
 
 def _compress(request: SignedInRequest, method: str, form: MethodForm, original: Job | None) -> Job:
@@ -89,6 +91,7 @@ def _compress(request: SignedInRequest, method: str, form: MethodForm, original:
         seed=values["seed"],
         priority=values["priority"],
         cloned_from=original,
+        queue=form.queue,
     )
 
 
@@ -108,7 +111,10 @@ def job_detail(request: HttpRequest, pk: int) -> HttpResponse:
             "strip": strip_picture(jobs.matrix_errors_so_far(steps)),
             "curve": curve_picture(jobs.losses_so_far(steps)),
             "log": jobs.log_tail(job),
+            "wait": waiting.job_wait(job),
             "outcome": outcomes.job_outcome(job, steps),
+            "promises": promises.promises(job, steps),
+            "priorities": Priority.choices,
             "settings": outcomes.job_settings(job),
             "changes": outcomes.clone_changes(job),
         }

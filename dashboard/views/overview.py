@@ -10,6 +10,7 @@ from dashboard.lifecycle import Role
 from dashboard.models import Checkpoint
 from dashboard.permissions import rule
 from dashboard.selectors import environments, jobs, memo, registry
+from dashboard.selectors import waiting as reasons
 from dashboard.views.answers import live
 
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -35,6 +36,7 @@ def overview(request: HttpRequest) -> HttpResponse:
         return {
             "sections": sections,
             "active": active,
+            "waits": reasons.waits(active),
             "trouble": trouble,
             "waiting": waiting,
             "statuses": statuses,
@@ -47,6 +49,7 @@ def overview(request: HttpRequest) -> HttpResponse:
 
     version = (
         jobs.jobs_version(active),
+        reasons.reasons_clock(active),
         jobs.jobs_version(trouble),
         [approval.pk for approval in waiting],
         [(one.environment.generation, one.tone, one.confirming, one.known) for one in statuses],

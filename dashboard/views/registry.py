@@ -8,14 +8,16 @@ from django.shortcuts import redirect, render
 from django.utils.translation import gettext as _
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
-from dashboard.forms.registry import ImportForm, RetireForm
+from dashboard.forms.registry import ImportForm, RetireForm, import_initial
 from dashboard.glossary import METRICS
+from dashboard.lifecycle import JobKind
 from dashboard.models import Artifact
 from dashboard.permissions import rule
 from dashboard.pictures import curve_picture, ledger_picture, lineage_picture, pareto_picture, strip_picture
 from dashboard.selectors import approvals, environments, evaluations, memo, outcomes, registry
 from dashboard.services.registry import artifact_retire, checkpoint_import
 from dashboard.views.answers import SignedInRequest, attempt, found
+from dashboard.views.previews import original_job
 
 
 @rule("page.view")
@@ -62,7 +64,7 @@ def differences(request: HttpRequest, name: str) -> HttpResponse:
 @rule("checkpoint.import")
 @require_http_methods(["GET", "POST"])
 def checkpoint_import_page(request: SignedInRequest) -> HttpResponse:
-    form = ImportForm(request.POST or None)
+    form = ImportForm(request.POST or None, initial=import_initial(original_job(request, JobKind.IMPORT)))
     status = 200
     if request.method == "POST":
         status = 422

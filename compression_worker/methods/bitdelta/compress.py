@@ -36,7 +36,7 @@ from compression_worker.contracts import (
 )
 from compression_worker.faults import failpoint
 from compression_worker.methods.bitdelta import layout
-from compression_worker.methods.bitdelta.config import BitDeltaConfig
+from compression_worker.methods.bitdelta.config import CHUNK_STEPS, BitDeltaConfig
 from compression_worker.methods.bitdelta.merge import Merged, load_model
 from compression_worker.methods.bitdelta.training import distill_step
 from compression_worker.store import Store
@@ -53,8 +53,6 @@ from kernels.sign_pack.reference import TILE_ELEMENTS, SignPack, sign_pack, sign
 __all__ = ["assemble_step", "distill_step", "layer_step", "load_model", "open_merged", "plan_step", "rest_step"]
 
 METHOD = "bitdelta"
-CHUNK_STEPS = 25
-"""Training steps of one distillation step: what a kill costs at most."""
 
 
 def plan_step(context: StepContext) -> StepOutput:

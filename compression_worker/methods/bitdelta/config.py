@@ -9,6 +9,8 @@ from compression_worker.contracts import CompressionError
 
 SCHEDULES = ("cosine", "constant")
 UNITS = ("absolute", "relative")
+CHUNK_STEPS = 25
+"""Training steps of one distillation step: what a kill costs at most."""
 
 
 @dataclass(frozen=True, kw_only=True)

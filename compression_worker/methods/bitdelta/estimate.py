@@ -1,0 +1,182 @@
+"""What a BitDelta job will need, from shapes and settings alone: bytes by part, memory of each kind of step, work.
+
+Extraction holds a few tiles and the codes of one block. Distillation holds, for ``P`` parameters of which ``L`` are
+coded: the variant in float32 (``4 P``), the base as stored (``w L``) and the signs as bytes (``L``), the merged copy of
+one matrix, and for the backward pass of ``B`` samples of ``T`` tokens what each layer keeps. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from compression_worker.contracts import Json
+from compression_worker.methods.bitdelta.config import CHUNK_STEPS, BitDeltaConfig
+from compression_worker.preflight import FLOAT, PROCESS_BYTES, Estimate, Inputs, Model, Shapes, StepLoad, halvings
+
+TILE_BUFFERS = 20_000_000
+"""Two threads with a tile of each side and their scratch."""
+HIDDEN_KEPT, INNER_KEPT, LOGITS_KEPT = 12, 5, 5
+"""Float32 vectors that the backward pass keeps for a token: of the hidden and the inner width in each layer, and of the
+vocabulary once (teacher, student, their difference, its gradient and a copy)."""
+STATE_VECTORS = 3
+STEP_DOCUMENT = 4_000
+SIGN_LINE, RAW_LINE, FILE_LINE, FIGURE_LINE, FIXED_LINES = 262, 240, 118, 112, 1_900
+"""Bytes of a manifest for a coded matrix, another tensor, a file, a matrix's figures, and the rest of it."""
+LOSS_DIGITS = 10
+HEADER_LINE = 118
+SHORTEST_SEQUENCE, SMALLEST_BATCH = 16, 1
+
+
+def estimate(config: BitDeltaConfig, inputs: Inputs) -> Estimate:
+    """The whole job."""
+    model, shapes = inputs.variant, inputs.variant.shapes()
+    parts = _parts(model, shapes, config)
+    total = sum(part["bytes"] for part in parts)
+    sizes = {
+        "parameters": float(model.parameters),
+        "kept_bytes": float(model.weight_bytes - round(_linears(model, shapes) * model.width)),
+        "result_bytes": float(total),
+    }
+    return Estimate(
+        parts=parts,
+        source_bytes=model.weight_bytes,
+        intermediate_bytes=_intermediates(model, shapes, config),
+        steps=tuple(_loads(model, shapes, config, sizes)),
+        sizes=sizes,
+        exact=shapes is not None,
+    )
+
+
+def cheaper(config: BitDeltaConfig) -> Iterator[BitDeltaConfig]:
+    """The same job for less memory, the changes that cost least first.
+
+    A smaller batch, then shorter samples, then both at their smallest, and at last no distillation at all.
+    """
+    if not config.distill_steps:
+        return
+    for batch in halvings(config.batch_size, SMALLEST_BATCH):
+        yield replace(config, batch_size=batch)
+    for length in halvings(config.sequence_length, SHORTEST_SEQUENCE):
+        yield replace(config, sequence_length=length)
+    smallest = replace(config, batch_size=SMALLEST_BATCH)
+    for length in halvings(config.sequence_length, SHORTEST_SEQUENCE):
+        yield replace(smallest, sequence_length=length)
+    yield replace(config, distill_steps=0)
+
+
+def calmer(config: BitDeltaConfig) -> Iterator[BitDeltaConfig]:
+    """What helps a distillation that diverged: a third of the learning rate; at last none."""
+    if not config.distill_steps:
+        return
+    yield replace(config, learning_rate=float(f"{config.learning_rate / 3:.2g}"))
+    yield replace(config, distill_steps=0)
+
+
+def layer_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Weights compared and packed."""
+    return float(sum(one["outputs"] * one["inputs"] for one in params["linears"]))
+
+
+def rest_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Bytes copied."""
+    return sizes["kept_bytes"]
+
+
+def distill_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Tokens trained on, times the parameters that each of them passes."""
+    config = params["config"]
+    tokens = (params["last"] - params["first"]) * config["batch_size"] * config["sequence_length"]
+    return float(tokens * sizes["parameters"])
+
+
+def assemble_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Bytes hashed once more."""
+    return sizes["result_bytes"]
+
+
+def _linears(model: Model, shapes: Shapes | None) -> int:
+    """Weights that are coded; all of them, where nothing is known."""
+    return shapes.linears if shapes else model.parameters
+
+
+def _words(inputs: int) -> int:
+    return -(-inputs // 32)
+
+
+def _parts(model: Model, shapes: Shapes | None, config: BitDeltaConfig) -> tuple[Json, ...]:
+    """The ledger to come; the whole variant and one bit a weight where its shapes are not known."""
+    if shapes is None:
+        sizes = {"codes": model.parameters // 8, "other": model.weight_bytes, "side files": model.side_bytes}
+        return tuple({"name": name, "bytes": size} for name, size in sizes.items())
+    matrices = shapes.layers * len(shapes.block)
+    width = model.width
+    sizes = {
+        "codes": shapes.layers * sum(4 * _words(one.inputs) * one.outputs for one in shapes.block),
+        "scales": FLOAT * matrices,
+        "embeddings": round(shapes.embeddings * width),
+        "head": round(shapes.head * width),
+        "norms": round(shapes.norms * width),
+        "other": round(shapes.other * width),
+        "headers": HEADER_LINE * (matrices + shapes.tensors),
+        "side files": model.side_bytes,
+        "manifest": FIXED_LINES
+        + (SIGN_LINE + FIGURE_LINE) * matrices
+        + RAW_LINE * shapes.tensors
+        + FILE_LINE * shapes.layers
+        + LOSS_DIGITS * config.distill_steps,
+    }
+    return tuple({"name": name, "bytes": size} for name, size in sizes.items() if size)
+
+
+def _chunks(config: BitDeltaConfig) -> int:
+    return -(-config.distill_steps // CHUNK_STEPS)
+
+
+def _intermediates(model: Model, shapes: Shapes | None, config: BitDeltaConfig) -> int:
+    """States of the training and the documents of the steps; codes and kept tensors become the artifact's own files."""
+    matrices = shapes.layers * len(shapes.block) if shapes else model.parameters // 10_000
+    state = STATE_VECTORS * FLOAT * matrices + 24 * matrices
+    documents = STEP_DOCUMENT * ((shapes.layers if shapes else 100) + 3) + 300 * matrices
+    return _chunks(config) * (state + LOSS_DIGITS * config.distill_steps + STEP_DOCUMENT) + documents
+
+
+def _loads(
+    model: Model, shapes: Shapes | None, config: BitDeltaConfig, sizes: Mapping[str, float]
+) -> Iterator[StepLoad]:
+    linears = _linears(model, shapes)
+    blocks = shapes.layers if shapes else 1
+    yield StepLoad(kind="bitdelta.plan", count=1, units=1.0)
+    codes = PROCESS_BYTES + TILE_BUFFERS + linears // blocks // 4
+    yield StepLoad(kind="bitdelta.layer", count=blocks, units=float(linears), memory_bytes=codes, gpu_host_bytes=codes)
+    yield StepLoad(kind="bitdelta.rest", count=1, units=sizes["kept_bytes"])
+    if config.distill_steps:
+        yield _distillation(model, shapes, config)
+    yield StepLoad(kind="bitdelta.assemble", count=1, units=sizes["result_bytes"])
+
+
+def _distillation(model: Model, shapes: Shapes | None, config: BitDeltaConfig) -> StepLoad:
+    linears = _linears(model, shapes)
+    largest = max(one.elements for one in shapes.block) if shapes else 0
+    models = FLOAT * model.parameters + round(model.width * linears) + linears
+    training = models + 2 * FLOAT * largest + _kept(shapes, config)
+    loading = PROCESS_BYTES + model.weight_bytes
+    tokens = config.distill_steps * config.batch_size * config.sequence_length
+    return StepLoad(
+        kind="bitdelta.distill",
+        count=_chunks(config),
+        units=float(tokens * model.parameters),
+        memory_bytes=loading + training,
+        gpu_bytes=training,
+        gpu_host_bytes=loading + FLOAT * model.parameters,
+    )
+
+
+def _kept(shapes: Shapes | None, config: BitDeltaConfig) -> int:
+    """What the backward pass keeps. Attention keeps its weights, one for each pair of tokens and head."""
+    if shapes is None:
+        return 0
+    tokens = config.batch_size * config.sequence_length
+    layer = tokens * (HIDDEN_KEPT * shapes.hidden + INNER_KEPT * shapes.inner)
+    attention = config.batch_size * shapes.heads * config.sequence_length**2
+    return FLOAT * (shapes.layers * (layer + attention) + LOGITS_KEPT * tokens * shapes.vocabulary)
