@@ -243,7 +243,7 @@ def _write(claim: Claim, watch: Watch, outcome: Outcome) -> None:
 def new_execution(*, queues: list[str]) -> Execution:
     """The execution of this process, as the settings say; its child starts with the first step."""
     roots = {name: Path(path) for name, path in settings.IMPORT_ROOTS.items()}
-    command = child_command(Path(settings.ARTIFACT_ROOT), roots, settings.STEP_DEVICE)
+    command = child_command(settings.ARTIFACT_ROOT, roots, settings.STEP_DEVICE, settings.ARTIFACT_CACHE)
     launcher = Launcher(command, memory_limit_mb=settings.STEP_MEMORY_LIMIT_MB)
     return Execution(name=f"{socket.gethostname()}-{os.getpid()}", queues=queues, launcher=launcher)
 

@@ -11,7 +11,7 @@ from django.db import connection
 from django.db.models import QuerySet
 from django.utils import timezone
 
-from compression_worker.store import Store
+from compression_worker.store import open_store
 from dashboard.lifecycle import BlockedReason, JobState, StepState
 from dashboard.models import Job, Step, Worker
 from dashboard.services.approvals import approvals_expire
@@ -72,7 +72,9 @@ def _locked_jobs(ids: Iterable[int] | QuerySet[Any, Any]) -> list[Job]:
 def _resume_blocked() -> None:
     """Go on with the jobs that waited for room, now that there is some."""
     waiting = Job.objects.filter(state=JobState.BLOCKED, blocked_reason=BlockedReason.DISK)
-    if not waiting.exists() or Store(settings.ARTIFACT_ROOT).free_bytes() < settings.RESUME_FREE_BYTES:
+    if not waiting.exists():
+        return
+    if open_store(settings.ARTIFACT_ROOT, settings.ARTIFACT_CACHE).free_bytes() < settings.RESUME_FREE_BYTES:
         return
     for job in _locked_jobs(waiting.values("pk")):
         if job.steps.filter(state=StepState.WAITING, not_before__gt=timezone.now()).exists():
