@@ -42,6 +42,7 @@ from dashboard.services.steps import (
     step_release,
     step_watch,
 )
+from dashboard.services.storage import storage_tend
 from dashboard.services.units import forget_broken_connection, persist
 
 log = logging.getLogger(__name__)
@@ -171,6 +172,7 @@ class Execution:
         self.announce()
         reconcile()
         demo_advance()
+        storage_tend()
 
     def _run(self, claim: Claim) -> None:
         log.info("job %s: step '%s', attempt %s", claim.job_id, claim.name, claim.attempt)

@@ -29,6 +29,8 @@ SURVEY_MINUTES = env.int("SURVEY_MINUTES", default=60)
 """How often a worker looks through the store for what could be freed and what is missing."""
 SCRUB_HOURS = env.float("SCRUB_HOURS", default=24)
 """Within so many hours every blob is hashed once."""
+STORAGE_TEND_SECONDS = env.float("STORAGE_TEND_SECONDS", default=10)
+"""How often a worker process looks whether the store wants something done; 0: this one never does."""
 IMPORT_ROOTS = env.dict("IMPORT_ROOTS", default={})
 """Folders that an import may read, by name: ``IMPORT_ROOTS=models=/srv/models,demo=/srv/demo``."""
 LEASE_SECONDS = env.int("LEASE_SECONDS", default=60)
@@ -165,6 +167,6 @@ LOGGING = {
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
     "handlers": {"stdout": {"class": "logging.StreamHandler", "formatter": "line"}},
     # They tell with each connection where they found keys and endpoint.
-    "loggers": dict.fromkeys(("aiobotocore", "botocore"), {"level": "WARNING"}),
+    "loggers": {name: {"level": "WARNING"} for name in ("aiobotocore", "botocore")},
     "root": {"handlers": ["stdout"], "level": env.str("LOG_LEVEL", default="INFO")},
 }

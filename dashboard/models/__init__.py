@@ -12,12 +12,14 @@ from dashboard.models.releases import (
     RollbackCertificate,
     ServerReport,
 )
+from dashboard.models.storage import Damage, Scrub, Sweep, SweepBlob
 
 __all__ = [
     "Approval",
     "Artifact",
     "Attempt",
     "Checkpoint",
+    "Damage",
     "Deployment",
     "Environment",
     "Evaluation",
@@ -26,8 +28,11 @@ __all__ = [
     "Policy",
     "RollbackCertificate",
     "SampleSet",
+    "Scrub",
     "ServerReport",
     "Step",
+    "Sweep",
+    "SweepBlob",
     "User",
     "Worker",
 ]
