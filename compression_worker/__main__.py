@@ -128,7 +128,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def _add_step(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("step", help="compute steps that arrive as JSON lines (for the Celery worker)")
-    parser.add_argument("--store", type=Path, required=True, metavar="ROOT", help="the content-addressed store")
+    parser.add_argument("--store", required=True, metavar="ROOT", help="the store: a folder or s3://bucket/prefix")
+    parser.add_argument("--cache", default="", metavar="FOLDER", help="local copies of a bucket's blobs")
     parser.add_argument(
         "--import-root", action="append", default=[], metavar="NAME=PATH", help="where imports may read"
     )
@@ -261,7 +262,7 @@ def _step(args: argparse.Namespace) -> int:
         if not (name and equals and path):
             raise CompressionError("usage", f"'{flag}' is not NAME=PATH")
         roots[name] = Path(path)
-    return run_child(args.store, roots, args.device)
+    return run_child(args.store, roots, args.device, args.cache)
 
 
 def _answer(args: argparse.Namespace, value: Json | list[Json], lines: list[str]) -> int:

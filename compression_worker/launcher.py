@@ -77,9 +77,13 @@ class Outcome:
     inputs: tuple[str, ...] = ()
 
 
-def child_command(store: Path, import_roots: Mapping[str, Path] | None = None, device: str = "auto") -> list[str]:
-    """The command line of a child that computes steps against ``store``."""
+def child_command(
+    store: str | Path, import_roots: Mapping[str, Path] | None = None, device: str = "auto", cache: str = ""
+) -> list[str]:
+    """The command line of a child that computes steps against ``store`` (an address of ``store.open_store``)."""
     command = [sys.executable, "-m", "compression_worker", "step", "--store", str(store), "--device", device]
+    if cache:
+        command += ["--cache", cache]
     for name, path in (import_roots or {}).items():
         command += ["--import-root", f"{name}={path}"]
     return command
@@ -87,7 +91,9 @@ def child_command(store: Path, import_roots: Mapping[str, Path] | None = None, d
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """What of ``environ`` a child may see, and what keeps its libraries quiet and offline."""
-    kept = {name: value for name, value in environ.items() if name.startswith(PASSED_ON)}
+    # Keys of a bucket only where the store is one: nothing else that a child does needs them.
+    passed_on = (*PASSED_ON, "AWS_") if environ.get("ARTIFACT_ROOT", "").startswith("s3://") else PASSED_ON
+    kept = {name: value for name, value in environ.items() if name.startswith(passed_on)}
     return kept | {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

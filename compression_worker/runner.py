@@ -21,7 +21,7 @@ from typing import BinaryIO
 from compression_worker import catalog, faults, machine
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput, StepSpec
 from compression_worker.faults import failpoint
-from compression_worker.store import NoRoom, Store
+from compression_worker.store import NoRoom, Store, open_store
 
 TORCH_FREE = frozenset({"checkpoint.import"})
 PROGRESS_SECONDS = 0.2
@@ -124,12 +124,12 @@ class Runner:
         return output
 
 
-def run_child(store_root: Path, import_roots: Mapping[str, Path], device: str) -> int:
+def run_child(store: str, import_roots: Mapping[str, Path], device: str, cache: str = "") -> int:
     """Answer step lines from standard input until it ends. Takes standard output for the protocol alone."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # a library that prints would break the protocol
     sys.stdout = sys.stderr
-    runner = Runner(store=Store(store_root), import_roots=import_roots, device=device)
+    runner = Runner(store=open_store(store, cache), import_roots=import_roots, device=device)
     # A parent that is gone wants no answer.
     with contextlib.suppress(BrokenPipeError):
         serve_lines(runner, sys.stdin.buffer, answers)

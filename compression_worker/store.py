@@ -1,7 +1,8 @@
-"""The content-addressed store: blobs named by their SHA-256 under one folder.
+"""The content-addressed store: blobs named by their SHA-256, in a folder here or in a bucket (``bucket.py``).
 
 A blob appears only when it is whole: write to a temporary file beside its place, fsync, rename, fsync the folder.
-Names that people chose never become paths here; the only path parts are hexadecimal digests.
+Names that people chose never become paths here; the only path parts are hexadecimal digests. Nothing but this module
+and ``bucket.py`` removes a blob.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,10 +25,40 @@ from compression_worker.faults import failpoint
 CHUNK = 1 << 20
 DIGEST = re.compile(r"[0-9a-f]{64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
 
 
 class NoRoom(Exception):
     """The disk (or the quota) is full. The job waits for room; nothing is lost."""
+
+
+class StoreAway(OSError):
+    """The store did not answer, or would not let us in. Nothing is known to be wrong with any blob."""
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One blob as a listing shows it; ``modified`` is when it was last written, in seconds of the epoch."""
+
+    digest: str
+    size: int
+    modified: float
+
+
+def open_store(address: str | os.PathLike[str], cache: str | os.PathLike[str] = "", *, durable: bool = True) -> Store:
+    """The store at ``address``: a folder, or ``s3://bucket/prefix``.
+
+    A bucket is read through the folder ``cache`` (by default below the home folder); endpoint and keys come from the
+    environment, as every S3 client reads them (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID`` …).
+    """
+    text = os.fspath(address)
+    if "://" not in text:
+        return Store(text, durable=durable)
+    if not BUCKET.fullmatch(text):
+        raise CompressionError("bad_store", f"'{text}' is no store: give a folder or s3://bucket/prefix")
+    from compression_worker.bucket import BucketStore  # S3 libraries load only where a bucket is used
+
+    return BucketStore(text, cache or Path.home() / ".cache" / "deltaworks")
 
 
 @contextlib.contextmanager
@@ -75,6 +107,9 @@ class Store:
 
     def path(self, digest: str) -> Path:
         """Where the blob ``digest`` lies (it may not be there). Raises ValueError for what is no digest."""
+        return self._place(digest)
+
+    def _place(self, digest: str) -> Path:
         if not DIGEST.fullmatch(digest):
             raise ValueError(f"not a SHA-256 digest: {digest!r}")
         return self._blobs / digest[:2] / digest
@@ -102,18 +137,31 @@ class Store:
                 if self.durable:
                     os.fsync(file.fileno())
                 failpoint("store.synced")
-            target = self.path(blob.finish())
             with _room():
-                target.parent.mkdir(parents=True, exist_ok=True)
                 os.chmod(temporary, 0o444)
-                # Also over a blob that is there: what the disk damaged is whole again when it is written again.
-                os.replace(temporary, target)
-                failpoint("store.renamed")
-                if self.durable:
-                    _fsync_folder(target.parent)
-                failpoint("store.settled")
+                self._publish(temporary, blob.finish())
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _publish(self, temporary: Path, digest: str) -> None:
+        """Give the whole, synchronised file ``temporary`` the name by which the blob is found."""
+        target = self._place(digest)
+        self._make_folder(target.parent)
+        # Also over a blob that is there: what the disk damaged is whole again when it is written again.
+        os.replace(temporary, target)
+        failpoint("store.renamed")
+        if self.durable:
+            _fsync_folder(target.parent)
+        failpoint("store.settled")
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make ``folder``, so that a power cut does not take it away again with what lies in it."""
+        if folder.is_dir():
+            return
+        self._make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        if self.durable:
+            _fsync_folder(folder.parent)
 
     def write_bytes(self, data: bytes) -> str:
         """Store ``data``; returns its digest. Raises :class:`NoRoom` when the disk is full."""
@@ -150,9 +198,9 @@ class Store:
         try:
             data = self.path(digest).read_bytes()
         except FileNotFoundError:
-            raise _missing(digest) from None
+            raise missing(digest) from None
         if sha256(data) != digest:
-            raise _damaged(digest)
+            raise damaged(digest)
         return data
 
     def open(self, digest: str) -> BinaryIO:
@@ -160,7 +208,7 @@ class Store:
         try:
             return self.path(digest).open("rb")
         except FileNotFoundError:
-            raise _missing(digest) from None
+            raise missing(digest) from None
 
     def verify(self, digest: str) -> None:
         """Hash the blob again. Raises :class:`CompressionError` (``missing_blob``, ``damaged_blob``)."""
@@ -170,7 +218,24 @@ class Store:
             while chunk := file.read(CHUNK):
                 hasher.update(chunk)
         if hasher.hexdigest() != digest:
-            raise _damaged(digest)
+            raise damaged(digest)
+
+    def verified_path(self, digest: str) -> Path:
+        """Where the blob can be read from, hashed just now. Raises as :meth:`verify` does."""
+        self.verify(digest)
+        return self.path(digest)
+
+    def document(self, digest: str, limit: int) -> bytes | None:
+        """The bytes of a JSON object of at most ``limit`` bytes, re-hashed; None for any other blob."""
+        try:
+            if self.size(digest) > limit:
+                return None
+        except FileNotFoundError:
+            raise missing(digest) from None
+        with self.open(digest) as file:
+            if file.read(1) != b"{":
+                return None
+        return self.read_bytes(digest)
 
     def view(self, files: Mapping[str, str]) -> Path:
         """A folder that shows blobs under file names, for libraries that load folders. ``files``: name -> digest."""
@@ -195,23 +260,78 @@ class Store:
             raise OSError(f"could not make the view {folder}")
         return folder
 
+    def blobs(self, after: str = "") -> Iterator[Blob]:
+        """All blobs whose digest comes after ``after``, in the order of their digests."""
+        for number in range(int(after[:2] or "0", 16), 256):
+            for digest in sorted(_names(self._blobs / f"{number:02x}")):
+                if digest > after and DIGEST.fullmatch(digest):
+                    with contextlib.suppress(FileNotFoundError):
+                        status = (self._blobs / digest[:2] / digest).stat()
+                        yield Blob(digest, status.st_size, status.st_mtime)
+
     def remove(self, digests: Collection[str]) -> int:
         """Delete blobs, and the views that show one of them. Returns the bytes freed; missing blobs count nothing."""
-        freed = 0
-        for digest in digests:
-            path = self.path(digest)
-            with contextlib.suppress(FileNotFoundError):
-                size = path.stat().st_size
-                path.unlink()
-                freed += size
+        return sum(self.discard(digests).values())
+
+    def discard(self, digests: Collection[str], *, before: float = float("inf")) -> dict[str, int]:
+        """As :meth:`remove`, but only what was last written before ``before``: digest -> bytes, of what went."""
+        freed = {digest: size for digest in digests if (size := self._unlink(digest, before)) is not None}
         for view in self._views.glob("*"):
             if any(link.is_symlink() and not link.exists() for link in view.iterdir()):
                 shutil.rmtree(view, ignore_errors=True)
         return freed
 
+    def _unlink(self, digest: str, before: float) -> int | None:
+        path = self._place(digest)
+        aside = self.root / "tmp" / f"condemned-{digest}"
+        with contextlib.suppress(FileNotFoundError):
+            if path.lstat().st_mtime >= before:
+                return None
+            aside.parent.mkdir(exist_ok=True)
+            # Aside first: what a writer puts in its place from now on is another file, and stays.
+            os.rename(path, aside)
+            status = aside.lstat()
+            if status.st_mtime >= before:
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, path, follow_symlinks=False)
+                aside.unlink()
+                return None
+            aside.unlink()
+            return status.st_size
+        return None
+
+    def leftovers(self, before: float) -> list[tuple[str, int]]:
+        """Name and size of each temporary file last written before ``before``: a writer was killed."""
+        found = []
+        for name in _names(self.root / "tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                status = (self.root / "tmp" / name).lstat()
+                if status.st_mtime < before:
+                    found.append((name, status.st_size))
+        return found
+
+    def discard_leftovers(self, before: float) -> tuple[int, int]:
+        """Delete them. Returns how many files and bytes that were."""
+        count = freed = 0
+        for name, size in self.leftovers(before):
+            with contextlib.suppress(FileNotFoundError):
+                (self.root / "tmp" / name).unlink()
+                count, freed = count + 1, freed + size
+        for view in self._views.glob("tmp*"):  # a view that was being made; whole ones have a digest for a name
+            if view.stat().st_mtime < before:
+                shutil.rmtree(view, ignore_errors=True)
+        return count, freed
+
     def free_bytes(self) -> int:
         self.root.mkdir(parents=True, exist_ok=True)
         return shutil.disk_usage(self.root).free
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -222,9 +342,9 @@ def _fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _missing(digest: str) -> CompressionError:
+def missing(digest: str) -> CompressionError:
     return CompressionError("missing_blob", f"the store has no blob {digest}; restore it from a backup or run again")
 
 
-def _damaged(digest: str) -> CompressionError:
+def damaged(digest: str) -> CompressionError:
     return CompressionError("damaged_blob", f"blob {digest} does not match its digest: the disk changed it; run again")

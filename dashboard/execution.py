@@ -46,6 +46,7 @@ from dashboard.services.steps import (
     step_release,
     step_watch,
 )
+from dashboard.services.storage import storage_tend
 from dashboard.services.units import forget_broken_connection, persist
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,7 @@ class Execution:
         self.announce()
         reconcile()
         demo_advance()
+        storage_tend()
 
     def _run(self, claim: Claim) -> None:
         log.info("job %s: step '%s', attempt %s", claim.job_id, claim.name, claim.attempt)
@@ -261,7 +263,7 @@ def _write(claim: Claim, watch: Watch, outcome: Outcome) -> None:
 def new_execution(*, queues: list[str]) -> Execution:
     """The execution of this process, as the settings say; its child starts with the first step."""
     roots = {name: Path(path) for name, path in settings.IMPORT_ROOTS.items()}
-    command = child_command(Path(settings.ARTIFACT_ROOT), roots, settings.STEP_DEVICE)
+    command = child_command(settings.ARTIFACT_ROOT, roots, settings.STEP_DEVICE, settings.ARTIFACT_CACHE)
     launcher = Launcher(command, memory_limit_mb=settings.STEP_MEMORY_LIMIT_MB)
     return Execution(name=f"{socket.gethostname()}-{os.getpid()}", queues=queues, launcher=launcher)
 

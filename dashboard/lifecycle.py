@@ -103,6 +103,25 @@ class ApprovalState(TextChoices):
     EXPIRED = "expired", _("Expired")  # nobody decided in time: it may be asked again
 
 
+class SweepState(TextChoices):
+    LOOKING = "looking", _("Looking")  # a worker has been asked to look through the store
+    PREVIEWED = "previewed", _("Preview")  # what could be freed is written down; nobody has asked to free it
+    REQUESTED = "requested", _("Requested")  # a person asked to free exactly that
+    RUNNING = "running", _("Running")  # a worker frees it, part by part
+    DONE = "done", _("Done")  # and says how much really went
+
+
+class SweepKind(TextChoices):
+    LEFTOVER = "leftover", _("Leftovers of broken attempts")  # nothing in the database leads to it
+    INTERMEDIATE = "intermediate", _("Intermediate results of old jobs")  # computed again if ever needed
+    RETIRED = "retired", _("Withdrawn artifacts")  # and no environment stands on one of them
+
+
+class DamageKind(TextChoices):
+    DAMAGED = "damaged", _("Damaged")  # the bytes do not match their digest
+    MISSING = "missing", _("Missing")  # a row needs it and the store has it not
+
+
 class Role(TextChoices):
     VIEWER = "viewer", _("Viewer")  # sees everything, changes nothing
     ENGINEER = "engineer", _("Engineer")  # imports, queues jobs, evaluates, asks for approval
@@ -135,6 +154,22 @@ DEPLOYMENT_TRANSITIONS: dict[DeploymentState, frozenset[DeploymentState]] = {
     # A server that refused may load it after all, once its disk or its memory is put right.
     DeploymentState.REFUSED: frozenset({DeploymentState.LIVE, DeploymentState.SUPERSEDED, DeploymentState.ROLLED_BACK}),
 }
+
+
+SWEEP_TRANSITIONS: dict[SweepState, frozenset[SweepState]] = {
+    SweepState.LOOKING: frozenset({SweepState.PREVIEWED}),
+    SweepState.PREVIEWED: frozenset({SweepState.REQUESTED}),
+    SweepState.REQUESTED: frozenset({SweepState.RUNNING}),
+    SweepState.RUNNING: frozenset({SweepState.DONE}),
+}
+
+
+def sweep_next(state: SweepState | str, target: SweepState) -> SweepState:
+    """``target`` when a clean-up in ``state`` may go there; raises :class:`Refused` otherwise."""
+    present = SweepState(state)
+    if target not in SWEEP_TRANSITIONS.get(present, frozenset()):
+        raise Refused(f"a clean-up that is {present.value} cannot become {target.value}")
+    return target
 
 
 def job_next(state: JobState | str, target: JobState) -> JobState:

@@ -30,6 +30,7 @@ RULES: dict[str, frozenset[Role]] = {
     "deploy.deploy": frozenset({Role.OPS}),
     "deploy.rollback": frozenset({Role.OPS, Role.ADMIN}),
     "artifact.retire": frozenset({Role.ENGINEER, Role.ADMIN}),
+    "storage.sweep": frozenset({Role.ADMIN}),
     "policy.change": frozenset({Role.ADMIN}),
     "environment.create": frozenset({Role.ADMIN}),
     "users.manage": frozenset({Role.ADMIN}),

@@ -18,7 +18,19 @@ CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 
 # Deltaworks
 ARTIFACT_ROOT = env.str("ARTIFACT_ROOT")
-"""The content-addressed store: a folder."""
+"""The content-addressed store: a folder, or ``s3://bucket/prefix`` (keys and endpoint: ``AWS_…`` variables)."""
+ARTIFACT_CACHE = env.str("ARTIFACT_CACHE", default="")
+"""Where copies of a bucket's blobs lie on this machine; by default below the home folder."""
+SWEEP_GRACE_DAYS = env.int("SWEEP_GRACE_DAYS", default=7)
+"""Blobs that nothing needs are offered for freeing when they were last written so long ago."""
+STEP_KEEP_DAYS = env.int("STEP_KEEP_DAYS", default=30)
+"""Intermediate results are kept so long after their job ended, for retries and clones."""
+SURVEY_MINUTES = env.int("SURVEY_MINUTES", default=60)
+"""How often a worker looks through the store for what could be freed and what is missing."""
+SCRUB_HOURS = env.float("SCRUB_HOURS", default=24)
+"""Within so many hours every blob is hashed once."""
+STORAGE_TEND_SECONDS = env.float("STORAGE_TEND_SECONDS", default=10)
+"""How often a worker process looks whether the store wants something done; 0: this one never does."""
 IMPORT_ROOTS = env.dict("IMPORT_ROOTS", default={})
 """Folders that an import may read, by name: ``IMPORT_ROOTS=models=/srv/models,demo=/srv/demo``."""
 LEASE_SECONDS = env.int("LEASE_SECONDS", default=60)
@@ -156,5 +168,7 @@ LOGGING = {
     "disable_existing_loggers": False,
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s %(message)s"}},
     "handlers": {"stdout": {"class": "logging.StreamHandler", "formatter": "line"}},
+    # They tell with each connection where they found keys and endpoint.
+    "loggers": {name: {"level": "WARNING"} for name in ("aiobotocore", "botocore")},
     "root": {"handlers": ["stdout"], "level": env.str("LOG_LEVEL", default="INFO")},
 }

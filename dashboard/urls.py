@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from django.urls import path
 
-from dashboard.views import accounts, approvals, evaluations, history, jobs, overview, registry, releases, system
+from dashboard.views import (
+    accounts,
+    approvals,
+    evaluations,
+    history,
+    jobs,
+    overview,
+    registry,
+    releases,
+    storage,
+    system,
+)
 
 urlpatterns = [
     path("", overview.overview, name="overview"),
@@ -45,7 +56,10 @@ urlpatterns = [
     path("releases/<slug:name>/rollback/", releases.rollback_page, name="rollback"),
     path("history/", history.history_page, name="history"),
     path("workers/", system.workers, name="worker-list"),
-    path("storage/", system.storage, name="storage"),
+    path("storage/", storage.storage_page, name="storage"),
+    path("storage/look/", storage.look, name="storage-look"),
+    path("storage/sweeps/<int:pk>/free/", storage.free, name="sweep-free"),
+    path("storage/sweeps/<int:pk>/blobs.txt", storage.sweep_list, name="sweep-list"),
     path("glossary/", system.glossary, name="glossary"),
     path("users/", accounts.user_list, name="user-list"),
     path("users/<int:pk>/role/", accounts.user_role, name="user-role"),

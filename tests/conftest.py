@@ -37,6 +37,7 @@ os.environ.update(
         ),
         "DELTAWORKS_TEST_SERVER_PASSWORD": SERVER_PASSWORD,
         "PLAIN_STATIC": "1",
+        "STORAGE_TEND_SECONDS": "0",  # no thread of its own beside a test
         "STATIC_ROOT": str(SCRATCH / "static"),
         "DJANGO_SETTINGS_MODULE": "dashboard.settings",
         "HF_HUB_OFFLINE": "1",

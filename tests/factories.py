@@ -13,7 +13,16 @@ from typing import Any
 
 from django.utils import timezone
 
-from dashboard.lifecycle import ApprovalState, DeploymentKind, DeploymentState, JobKind, JobState, Role, StepState
+from dashboard.lifecycle import (
+    ApprovalState,
+    DeploymentKind,
+    DeploymentState,
+    JobKind,
+    JobState,
+    Role,
+    StepState,
+    SweepState,
+)
 from dashboard.models import (
     Approval,
     Artifact,
@@ -29,6 +38,8 @@ from dashboard.models import (
     SampleSet,
     ServerReport,
     Step,
+    Sweep,
+    SweepBlob,
     User,
     Worker,
 )
@@ -351,6 +362,18 @@ def make_worker(name: str = "worker-1") -> Worker:
     return Worker.objects.create(name=name, queues="cpu", pid=1, started_at=now, seen_at=now)
 
 
+def make_sweep(state: SweepState = SweepState.PREVIEWED, blobs: int = 2, **fields: Any) -> Sweep:
+    """A preview that lists ``blobs`` leftovers of a kilobyte each."""
+    now = timezone.now()
+    totals = {"leftover": {"blobs": blobs, "bytes": 1000 * blobs}}
+    values: dict[str, Any] = {"looked_at": now, "older_than": now - timedelta(days=7), "totals": totals}
+    values |= {"blobs": blobs, "bytes": 1000 * blobs, "store_blobs": 10, "store_bytes": 10_000}
+    sweep = Sweep.objects.create(state=state, **values | fields)
+    for _ in range(blobs):
+        SweepBlob.objects.create(sweep=sweep, digest=digest(), kind="leftover", size=1000)
+    return sweep
+
+
 def make_world() -> SimpleNamespace:
     """One of everything, linked as in real work."""
     engineer = make_user(Role.ENGINEER, username="alice")
@@ -385,4 +408,5 @@ def make_world() -> SimpleNamespace:
     deploy(production, variant, approval)
     make_report(production)
     make_worker()
+    sweep = make_sweep()
     return SimpleNamespace(**locals())

@@ -119,6 +119,59 @@ def test_every_module_says_what_lives_here() -> None:
     assert [str(path) for path in silent if not ast.get_docstring(ast.parse(path.read_text()))] == []
 
 
+REMOVERS = {
+    "compression_worker/store.py",
+    "compression_worker/bucket.py",
+    "dashboard/services/blobs.py",
+    "dashboard/services/storage_sweep.py",
+}
+"""The store, and the two services that have looked for what needs a blob before they ask it to remove one."""
+REMOVE_A_FILE = {"unlink", "rmtree", "removedirs", "rmdir", "rm_file"}
+REMOVE_A_BLOB = {"discard_leftovers", "delete_object"}
+REMOVE_BY = {("store", "remove"), ("store", "discard"), ("os", "remove"), ("fs", "rm")}
+"""Receiver and method, where sets and lists have a method of that name, too."""
+OTHER_FOLDERS = {"compression_worker/artifact.py", "compression_worker/commands.py"}
+"""They clean up a folder that they have just made at a place which the person named."""
+
+
+def _removals(tree: ast.Module) -> list[str]:
+    calls = [_dotted(node.func).split(".") for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [
+        words[-1]
+        for words in calls
+        if words[-1] in REMOVE_A_FILE | REMOVE_A_BLOB
+        or (len(words) > 1 and (words[-2].lstrip("_"), words[-1]) in REMOVE_BY)
+    ]
+
+
+def test_nothing_but_the_store_removes_blobs() -> None:
+    found = {
+        str(path.relative_to(ROOT)): removals
+        for path in PRODUCT
+        if path.parts[len(ROOT.parts)] in ("dashboard", "compression_worker")
+        if (removals := _removals(ast.parse(path.read_text())))
+    }
+    assert found.keys() - OTHER_FOLDERS == REMOVERS
+    assert not {name for path in OTHER_FOLDERS & found.keys() for name in found[path]} & REMOVE_A_BLOB
+
+
+def test_the_search_for_removals_finds_them() -> None:
+    code = "path.unlink()\nself._store.remove(x)\nnames.remove(x)\nshutil.rmtree(f)\nseen.discard(x)\nstore.discard(x)"
+    assert _removals(ast.parse(code)) == ["unlink", "remove", "rmtree", "discard"]
+
+
+def test_only_the_bucket_store_speaks_to_s3() -> None:
+    speakers = [
+        str(path.relative_to(ROOT))
+        for path in PRODUCT
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        if name.split(".")[0] in {"fsspec", "s3fs", "boto3", "botocore", "aiobotocore"}
+    ]
+    assert set(speakers) == {"compression_worker/bucket.py"}
+
+
 def test_nothing_prints_below_the_doors() -> None:
     doors = {"__main__.py", "train.py"}
     talkers = [

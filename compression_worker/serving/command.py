@@ -30,7 +30,13 @@ logger = logging.getLogger(__name__)
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``serve``."""
-    parser.add_argument("--store", metavar="ROOT", help="the content-addressed store to load from")
+    parser.add_argument("--store", metavar="ROOT", help="the store to load from: a folder or s3://bucket/prefix")
+    parser.add_argument(
+        "--cache",
+        default=os.environ.get("ARTIFACT_CACHE", ""),
+        metavar="FOLDER",
+        help="local copies of a bucket's blobs (default: $ARTIFACT_CACHE, or below the home folder)",
+    )
     parser.add_argument(
         "--environment",
         action="append",
@@ -106,10 +112,10 @@ def following(args: argparse.Namespace, listener: socket.socket) -> int:
     from compression_worker.serving.loading import Loader
     from compression_worker.serving.switch import Switch
     from compression_worker.serving.variants import Variants
-    from compression_worker.store import Store
+    from compression_worker.store import open_store
 
     variants = Variants()
-    loader = Loader(Store(args.store), device=_device(args.device))
+    loader = Loader(open_store(args.store, args.cache), device=_device(args.device))
     host, port = listener.getsockname()[:2]
     follower = Follower(
         dsn=os.environ[DSN_VARIABLE],

@@ -9,7 +9,7 @@ from django.db import migrations, models
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('dashboard', '0002_serving_pointer'),
+        ('dashboard', '0003_storage'),
     ]
 
     operations = [

@@ -13,12 +13,14 @@ from dashboard.models.releases import (
     RollbackCertificate,
     ServerReport,
 )
+from dashboard.models.storage import Damage, Scrub, Sweep, SweepBlob
 
 __all__ = [
     "Approval",
     "Artifact",
     "Attempt",
     "Checkpoint",
+    "Damage",
     "Deployment",
     "Environment",
     "Evaluation",
@@ -29,8 +31,11 @@ __all__ = [
     "Recovery",
     "RollbackCertificate",
     "SampleSet",
+    "Scrub",
     "ServerReport",
     "Step",
+    "Sweep",
+    "SweepBlob",
     "User",
     "Worker",
 ]

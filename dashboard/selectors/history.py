@@ -12,7 +12,15 @@ from django.utils.translation import gettext_lazy as _
 from pghistory.models import Events
 
 from dashboard.glossary import Words
-from dashboard.lifecycle import ApprovalState, ArtifactState, CancelRequest, DeploymentState, JobState, Role
+from dashboard.lifecycle import (
+    ApprovalState,
+    ArtifactState,
+    CancelRequest,
+    DeploymentState,
+    JobState,
+    Role,
+    SweepState,
+)
 from dashboard.models import User
 
 PAGE = 50
@@ -24,11 +32,12 @@ KINDS: dict[str, Words] = {
     "Evaluation": _("Evaluation"),
     "Job": _("Job"),
     "Policy": _("Policy"),
+    "Sweep": _("Clean-up"),
     "User": _("User"),
 }
 WORDS: dict[str, Words] = {
     value: label
-    for words in (JobState, ArtifactState, ApprovalState, DeploymentState, Role, CancelRequest)
+    for words in (SweepState, JobState, ArtifactState, ApprovalState, DeploymentState, Role, CancelRequest)
     for value, label in words.choices
 }
 HIDDEN = frozenset({"id", "pgh_id", "last_login"})

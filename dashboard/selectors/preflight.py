@@ -16,7 +16,7 @@ from compression_worker import catalog
 from compression_worker.evaluation import estimate as evaluation
 from compression_worker.evaluation.config import EvaluationConfig
 from compression_worker.preflight import Estimate, Inputs, Model, StepLoad
-from compression_worker.store import Store
+from compression_worker.store import open_store
 from dashboard.formats import byte_words
 from dashboard.glossary import group_label
 from dashboard.models import Artifact, Checkpoint, SampleSet, Worker
@@ -29,7 +29,7 @@ Estimator = Callable[[Any], Estimate]
 def free_bytes() -> int | None:
     """Room in the store; None where it cannot be told."""
     try:
-        return Store(settings.ARTIFACT_ROOT).free_bytes()
+        return open_store(settings.ARTIFACT_ROOT, settings.ARTIFACT_CACHE).free_bytes()
     except OSError:
         return None
 

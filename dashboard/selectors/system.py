@@ -1,20 +1,18 @@
-"""Machines and room: workers as they last reported themselves, the store's size, the queue."""
+"""Machines: workers as they last reported themselves, and the queue."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from django.conf import settings
-from django.db.models import Count, Q, Sum
+from django.db.models import Count, Q
 from django.utils import timezone
 
 from dashboard.lifecycle import ACTIVE_JOB_STATES, StepState
-from dashboard.models import Artifact, Checkpoint, SampleSet, Step, User, Worker
+from dashboard.models import Step, User, Worker
 
 
 @dataclass(frozen=True)
@@ -44,35 +42,6 @@ def queue_depths() -> list[Mapping[str, Any]]:
         .order_by("queue")
     ]
     return depths
-
-
-@dataclass(frozen=True)
-class Room:
-    """Bytes on the store's disk, and what the rows say lies in it; blobs are shared, so parts may add up to more."""
-
-    total: int
-    free: int
-    checkpoints: int
-    artifacts: int
-    sample_sets: int
-
-    @property
-    def used(self) -> int:
-        return self.total - self.free
-
-
-def storage_room() -> Room:
-    folder = Path(settings.ARTIFACT_ROOT)
-    while not folder.exists():
-        folder = folder.parent
-    disk = shutil.disk_usage(folder)
-    return Room(
-        total=disk.total,
-        free=disk.free,
-        checkpoints=Checkpoint.objects.aggregate(n=Sum("size_bytes"))["n"] or 0,
-        artifacts=Artifact.objects.aggregate(n=Sum("artifact_bytes"))["n"] or 0,
-        sample_sets=SampleSet.objects.aggregate(n=Sum("size_bytes"))["n"] or 0,
-    )
 
 
 def user_list() -> list[User]:

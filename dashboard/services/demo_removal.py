@@ -14,7 +14,7 @@ from django.db import connection, transaction
 from django.db.models import Model, ProtectedError, Q, QuerySet
 from django.utils.translation import gettext as _
 
-from compression_worker.store import Store
+from compression_worker.store import open_store
 from dashboard.lifecycle import ACTIVE_JOB_STATES, CancelRequest, Refused, Role
 from dashboard.models import (
     Approval,
@@ -110,7 +110,7 @@ def demo_remove(*, actor: User | None, patience: float = 20.0) -> Removal:
     _jobs_stop(patience)
     with recorded(actor=actor, reason="the demo was removed"):
         removal, doomed = _rows_delete()
-    blobs, freed = blobs_free(store=Store(settings.ARTIFACT_ROOT), candidates=doomed)
+    blobs, freed = blobs_free(store=open_store(settings.ARTIFACT_ROOT, settings.ARTIFACT_CACHE), candidates=doomed)
     return Removal(counts=removal.counts, kept_users=removal.kept_users, blobs=blobs, bytes_freed=freed)
 
 

@@ -14,7 +14,7 @@ from compression_worker.contracts import CompressionError, PlannedStep
 from compression_worker.evaluation.config import EvaluationConfig
 from compression_worker.faults import failpoint
 from compression_worker.samples import parse_samples
-from compression_worker.store import NoRoom, Store
+from compression_worker.store import NoRoom, StoreAway, open_store
 from dashboard.lifecycle import ArtifactState, Conflict, JobKind, Refused
 from dashboard.models import Artifact, Checkpoint, Evaluation, Job, SampleSet, Step, User
 from dashboard.selectors.preflight import evaluation_inputs, evaluation_preflight
@@ -34,11 +34,14 @@ def sample_set_create(
     _check_slug(name)
     try:
         parsed = parse_samples(data, kind)
-        digest = Store(settings.ARTIFACT_ROOT).write_bytes(parsed.data)
+        digest = open_store(settings.ARTIFACT_ROOT, settings.ARTIFACT_CACHE).write_bytes(parsed.data)
     except CompressionError as error:
         raise Refused(error.message) from error
     except NoRoom as error:
         raise Refused(_("there is no room on the disk for this set: free some and upload it again")) from error
+    except StoreAway as error:
+        message = _("the store does not answer now: upload it again later (%(error)s)") % {"error": error}
+        raise Refused(message) from error
     with recorded(actor=actor, reason=f"sample set {name}"):
         return _add_version(
             name=name,

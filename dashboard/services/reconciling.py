@@ -15,7 +15,7 @@ from django.utils import timezone
 
 from compression_worker.faults import failpoint
 from compression_worker.machine import Machine
-from compression_worker.store import Store
+from compression_worker.store import open_store
 from dashboard import transitions
 from dashboard.lifecycle import BlockedReason, JobState, Refused, StepState
 from dashboard.models import Job, Step, Worker
@@ -82,7 +82,8 @@ def _resume_blocked() -> None:
     waiting = Job.objects.filter(state=JobState.BLOCKED)
     if not waiting.exists():
         return
-    has_room = Store(settings.ARTIFACT_ROOT).free_bytes() >= settings.RESUME_FREE_BYTES
+    store = open_store(settings.ARTIFACT_ROOT, settings.ARTIFACT_CACHE)
+    has_room = store.free_bytes() >= settings.RESUME_FREE_BYTES
     for job in _locked_jobs(waiting.values("pk")):
         steps = [step_facts(step) for step in job.steps.filter(state__in=sorted(transitions.OPEN_STEP_STATES))]
         is_there = has_room or job.blocked_reason != BlockedReason.DISK

@@ -224,6 +224,16 @@ def artifact_mark_corrupt(*, artifact: Artifact, detail: str) -> Artifact:
         return _artifact_move(artifact, ArtifactState.CORRUPT)
 
 
+@unit_of_work
+def artifact_mark_sound(*, artifact: Artifact, detail: str) -> Artifact:
+    """Every byte matches its digest again: it is what was published, and counts as that."""
+    artifact = Artifact.objects.select_for_update(no_key=True).get(pk=artifact.pk)
+    if artifact.state != ArtifactState.CORRUPT:
+        return artifact
+    with recorded(actor=None, reason=detail):
+        return _artifact_move(artifact, ArtifactState.PUBLISHED)
+
+
 def _artifact_move(artifact: Artifact, state: ArtifactState) -> Artifact:
     artifact.state = state
     artifact.save(update_fields=["state"])

@@ -14,7 +14,7 @@ from dashboard.lifecycle import JobKind
 from dashboard.models import Artifact
 from dashboard.permissions import rule
 from dashboard.pictures import curve_picture, ledger_picture, lineage_picture, pareto_picture, strip_picture
-from dashboard.selectors import approvals, environments, evaluations, memo, outcomes, registry
+from dashboard.selectors import approvals, environments, evaluations, memo, outcomes, registry, storage
 from dashboard.services.registry import artifact_retire, checkpoint_import
 from dashboard.views.answers import SignedInRequest, attempt, found
 from dashboard.views.previews import original_job
@@ -41,6 +41,7 @@ def checkpoint_detail(request: HttpRequest, name: str) -> HttpResponse:
         "verdicts": {row.artifact.pk: _verdict(row) for row in rows if row.metric},
         "pareto": pareto_picture(points, quality, higher_is_better=higher),
         "lineage": lineage_picture(registry.lineage(checkpoint)),
+        "damages": storage.damages_of_checkpoint(checkpoint),
         "variants": checkpoint.variants.order_by("name"),
         "certificate": environments.certificate_latest(checkpoint.pk),
         "certificate_valid": approvals.certificate_valid(checkpoint),
@@ -102,6 +103,7 @@ def _artifact_page(request: SignedInRequest, artifact: Artifact, form: RetireFor
         "approvals": memo.approval_list_of(artifact),
         "deployments": artifact.deployments.select_related("environment", "created_by").order_by("-created_at"),
         "hindrance": memo.request_hindrance(request.user, artifact, rows),
+        "damages": storage.damages_of_artifact(artifact),
         "form": form,
         "metrics": METRICS,
     }

@@ -1,4 +1,4 @@
-"""Workers and storage, the glossary, and whether the process and what it needs are up."""
+"""Workers, the glossary, and whether the process and what it needs are up."""
 
 from __future__ import annotations
 
@@ -21,12 +21,6 @@ logger = logging.getLogger(__name__)
 @require_GET
 def workers(request: HttpRequest) -> HttpResponse:
     return render(request, "system/workers.html", {"workers": system.worker_rows(), "queues": system.queue_depths()})
-
-
-@rule("page.view")
-@require_GET
-def storage(request: HttpRequest) -> HttpResponse:
-    return render(request, "system/storage.html", {"room": system.storage_room()})
 
 
 @rule("page.view")

@@ -12,12 +12,13 @@ import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from django.db import close_old_connections, connection
 
+from compression_worker.catalog import METHODS
 from compression_worker.contracts import PlannedStep
 from compression_worker.runner import prepare_torch, run_plan
 from compression_worker.store import Store
@@ -73,7 +74,7 @@ def truth(store: Path) -> dict[str, str]:
     inputs["calibration"] = SampleSet.objects.get(name="tiny-text").digest
     found = {}
     for seed, config in RECIPES:
-        settled = jobs._settled("bitdelta", dict(config))
+        settled = asdict(METHODS["bitdelta"].config_class()(**config))
         params = {"config": settled}
         first = PlannedStep(name="plan", kind="bitdelta.plan", params=params, inputs=inputs, seed=seed)
         found[str(seed)] = run_plan(Store(store, durable=False), first, device="cpu").data["artifact"]

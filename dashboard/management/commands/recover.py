@@ -8,7 +8,7 @@ from typing import Any
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
-from compression_worker.store import Store
+from compression_worker.store import open_store
 from dashboard.services.recovery import recover
 
 
@@ -30,7 +30,11 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         if not 0 <= options["epoch"] < 2**62:
             raise CommandError("an epoch is a whole number from 1 on: look at what the servers report")
-        for line in recover(store=Store(settings.ARTIFACT_ROOT), epoch=options["epoch"], act=options["yes"]):
+        for line in recover(
+            store=open_store(settings.ARTIFACT_ROOT, settings.ARTIFACT_CACHE),
+            epoch=options["epoch"],
+            act=options["yes"],
+        ):
             self.stdout.write(line)
         if not options["yes"]:
             self.stdout.write("Nothing was changed. To do it: manage.py recover --yes")

@@ -39,6 +39,7 @@ def addresses(world: SimpleNamespace) -> dict[str, str]:
         "history": [],
         "worker-list": [],
         "storage": [],
+        "sweep-list": [world.sweep.pk],
         "glossary": [],
         "user-list": [],
         "preferences": [],

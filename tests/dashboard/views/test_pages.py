@@ -126,12 +126,12 @@ def test_a_refused_page_says_whom_to_ask(client_as: Callable[[Role], Client]) ->
 
 
 def test_a_broken_page_shows_no_traceback(world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dashboard.selectors import system
+    from dashboard.selectors import storage
 
     def broken() -> None:
         raise RuntimeError("a secret detail")
 
-    monkeypatch.setattr(system, "storage_room", broken)
+    monkeypatch.setattr(storage, "storage_room", broken)
     client = Client(raise_request_exception=False)
     client.force_login(world.engineer)
     response = client.get(reverse("storage"))
