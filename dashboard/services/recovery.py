@@ -15,13 +15,14 @@ from django.db import connection
 from django.db.models import F
 
 from compression_worker.store import Store
-from dashboard.lifecycle import AttemptOutcome, StepState
+from dashboard import transitions
+from dashboard.lifecycle import StepState
 from dashboard.models import Environment, Job, Recovery, Step
 from dashboard.selectors.recovery import Place, database_mark, places, restored, steps_held
 from dashboard.services.adoption import adopt, lost_in
-from dashboard.services.steps import attempt_end, job_settle
+from dashboard.services.attempts import other_states, step_apply, step_facts
+from dashboard.services.endings import job_apply, job_facts
 from dashboard.services.units import recorded, unit_of_work
-from dashboard.services.wakes import wake_on_commit
 
 LOCK = 7_301_002
 """The number of the advisory lock that only one recovery holds at a time."""
@@ -123,16 +124,15 @@ def _steps_lines(found: Findings) -> list[str]:
 
 def _steps_return() -> None:
     """Steps that nobody holds go back into the queue, uncounted: they are not at fault. Their next fence is new."""
-    lapsed = [step for step, is_lapsed in steps_held() if is_lapsed]
-    jobs = Job.objects.select_for_update(no_key=True).filter(pk__in={step.job_id for step in lapsed})
-    for job in jobs.order_by("pk"):
-        for step in [step for step in lapsed if step.job_id == job.pk]:
-            attempt_end(step, AttemptOutcome.LOST, DETAIL)
-            Step.objects.filter(pk=step.pk).update(
-                state=StepState.WAITING, owner="", lease_until=None, not_before=None, finished_at=None
-            )
-        job_settle(job)
-        wake_on_commit(job.queue)
+    lapsed = {step.pk for step, is_lapsed in steps_held() if is_lapsed}
+    held = set(Step.objects.filter(pk__in=lapsed).values_list("job_id", flat=True))
+    for job in Job.objects.select_for_update(no_key=True).filter(pk__in=held).order_by("pk"):
+        for step in job.steps.select_for_update(no_key=True).filter(pk__in=lapsed).order_by("index"):
+            if job.is_terminal:  # the step before was the last that a cancel waited for
+                break
+            change = transitions.release(job_facts(job), step_facts(step), other_states(step), fence=step.attempt)
+            step_apply(step, change, DETAIL, {})
+            job_apply(job, change.job, change.effects)
     Step.objects.filter(state=StepState.WAITING).update(attempt=F("attempt") + secrets.choice(FENCES_SKIPPED))
 
 
