@@ -18,7 +18,7 @@ from deploy.postgres import clear_leftovers
 from tests.reliability.fleet import LEASE_SECONDS, Fleet
 from tests.reliability.workload import History
 
-MEAN_PAUSE_SECONDS = 0.28
+MEAN_PAUSE_SECONDS = 0.2
 
 
 class Nemesis:

@@ -29,7 +29,7 @@ from tests.reliability.scenario import EVALUATION, import_base, import_variant, 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-DISTILLED = {"distill_steps": 50, "batch_size": 2, "sequence_length": 24}
+DISTILLED = {"distill_steps": 30, "batch_size": 1, "sequence_length": 8}
 INITIAL = {"distill_steps": 0}
 RECIPES = [(seed, DISTILLED if seed % 3 else INITIAL) for seed in range(12)]
 MOST_ACTIVE = 5
@@ -155,7 +155,7 @@ class Workload:
         seed, config = self.rng.choice(RECIPES)
         if choice < 0.82:
             job = steadily(lambda: compression(seed, config))
-        elif choice < 0.92:
+        elif choice < 0.95:
             job = steadily(lambda: self._imported(name))
         else:
             job = steadily(evaluation)
