@@ -124,10 +124,12 @@ def _steps_lines(found: Findings) -> list[str]:
 
 def _steps_return() -> None:
     """Steps that nobody holds go back into the queue, uncounted: they are not at fault. Their next fence is new."""
-    lapsed = [step for step, is_lapsed in steps_held() if is_lapsed]
-    jobs = Job.objects.select_for_update(no_key=True).filter(pk__in={step.job_id for step in lapsed})
-    for job in jobs.order_by("pk"):
-        for step in [step for step in lapsed if step.job_id == job.pk]:
+    lapsed = {step.pk for step, is_lapsed in steps_held() if is_lapsed}
+    held = set(Step.objects.filter(pk__in=lapsed).values_list("job_id", flat=True))
+    for job in Job.objects.select_for_update(no_key=True).filter(pk__in=held).order_by("pk"):
+        for step in job.steps.select_for_update(no_key=True).filter(pk__in=lapsed).order_by("index"):
+            if job.is_terminal:  # the step before was the last that a cancel waited for
+                break
             change = transitions.release(job_facts(job), step_facts(step), other_states(step), fence=step.attempt)
             step_apply(step, change, DETAIL, {})
             job_apply(job, change.job, change.effects)

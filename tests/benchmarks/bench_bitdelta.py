@@ -194,7 +194,7 @@ def peak_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-def record(figure: str, value: float, unit: str, bound: float | None = None) -> bool:
+def record(figure: str, value: float, unit: str, bound: float | None = None, benchmark: str = "bitdelta") -> bool:
     """Print a figure and add it to the results; whether it keeps its bound."""
     kept = bound is None or value <= bound
     shown = "" if bound is None else f" (bound {bound:.4g}: {'kept' if kept else 'MISSED'})"
@@ -206,7 +206,7 @@ def record(figure: str, value: float, unit: str, bound: float | None = None) -> 
             writer.writerow(["date", "machine", "benchmark", "figure", "value", "unit", "bound"])
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         writer.writerow(
-            [today, machine(), "bitdelta", figure, f"{value:.4g}", unit, "" if bound is None else f"{bound:.4g}"]
+            [today, machine(), benchmark, figure, f"{value:.4g}", unit, "" if bound is None else f"{bound:.4g}"]
         )
     return kept
 

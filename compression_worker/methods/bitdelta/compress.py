@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from functools import lru_cache
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
@@ -122,8 +123,9 @@ def layer_step(context: StepContext) -> StepOutput:
     with _open_pair(context) as (base, variant), context.store.writer() as blob:
         blob.write(header_bytes(layout.codes_specs(linears)))
         # Two matrices in flight at most; each is cut into tiles that stay in one core's cache.
+        threads = min(2, torch.get_num_threads())
         with _one_thread_per_operation():
-            packed = _packers().map(lambda one: _pack(one, base, variant), linears)
+            packed = _each(threads)(lambda one: _pack(one, base, variant), linears)
             for linear, signs in zip(linears, packed, strict=True):
                 failpoint("bitdelta.matrix")
                 words = raw_bytes(signs.packed)
@@ -171,9 +173,9 @@ def assemble_step(context: StepContext) -> StepOutput:
     }
     blobs = {name: digest for layer in layers for name, digest in layer.blobs.items()}
     blobs |= {**rest.blobs, layout.SCALES_FILE: blob.digest, **side}
-    with ThreadPoolExecutor(2) as pool:
-        for done, _ in enumerate(pool.map(context.store.verify, blobs.values()), start=1):
-            context.progress(done, len(blobs), "files")
+    verified = _each(min(2, torch.get_num_threads()))(context.store.verify, blobs.values())
+    for done, _ in enumerate(verified, start=1):
+        context.progress(done, len(blobs), "files")
     files = {name: {"sha256": digest, "size": context.store.size(digest)} for name, digest in blobs.items()}
     raw = _manifest(context, variant, files, lines, rest, scales, distillation, sorted(side))
     failpoint("artifact.manifest")
@@ -311,10 +313,15 @@ class _Buffers(threading.local):
 _BUFFERS = _Buffers()
 
 
+def _each(threads: int) -> Callable[..., Iterator[Any]]:
+    """``map`` on that many threads; on one it is this one, so that a worker of one thread takes one core."""
+    return _pool(threads).map if threads > 1 else map
+
+
 @lru_cache(maxsize=1)
-def _packers() -> ThreadPoolExecutor:
-    """Two threads for the life of the process, which keep their buffers from one block to the next."""
-    return ThreadPoolExecutor(2)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads for the life of the process, which keep their buffers from one block to the next."""
+    return ThreadPoolExecutor(threads)
 
 
 def _pack(linear: Linear, base: TensorFiles, variant: TensorFiles) -> SignPack:
