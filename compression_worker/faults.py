@@ -62,7 +62,6 @@ POINTS: Final[dict[str, str]] = {
     "order.job": "a job's row is written, its step is not",
     "order.steps": "a job and its step are written, not committed",
     "claim.found": "something to claim was found",
-    "claim.taken": "a claim is written, not committed",
     "claim.committed": "a claim is committed",
     "heartbeat.write": "a lease is renewed, not committed",
     "finish.begin": "the end of an attempt is about to be written",

@@ -33,6 +33,7 @@ from compression_worker.launcher import Launcher, Outcome, child_command
 from compression_worker.machine import this_machine
 from dashboard.celery import RECONCILE_SECONDS
 from dashboard.lifecycle import CancelRequest
+from dashboard.selectors.jobs import typical_seconds
 from dashboard.services.demo import demo_advance
 from dashboard.services.logs import log_append
 from dashboard.services.reconciling import reconcile, worker_gone, worker_seen
@@ -48,6 +49,7 @@ from dashboard.services.steps import (
 )
 from dashboard.services.storage import storage_tend
 from dashboard.services.units import forget_broken_connection, persist
+from dashboard.transitions import STALLED, has_stalled, progress_limit
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ WATCH_SECONDS = 1.0
 PROGRESS_SECONDS = 2.0
 LOG_SECONDS = 1.0
 LOG_LINES_HELD = 5_000
+MEASURE_SECONDS = 60.0
+"""How often a step that has not moved for long is measured anew against others of its kind."""
 FINISH_PATIENCE_SECONDS = 900.0
 STOPPING = multiprocessing.RawValue("b", 0)
 """Raised in the main process of a Celery worker when it is asked to end. Its pool processes, forked from it, share the
@@ -79,11 +83,17 @@ class Watch:
     lines: list[tuple[datetime, str, str]] = field(default_factory=list)
     lost: bool = False
     stopping: bool = False
+    moved: float = field(default_factory=time.monotonic)
+    measured: float = 0.0
+    limit: float = 0.0
+    stalled: str = ""
 
     def on_event(self, event: dict[str, Any]) -> None:
         """A progress or log line of the child."""
         if event.get("type") == "progress":
-            self.progress = Progress(done=int(event["done"]), total=int(event["total"]), unit=str(event["unit"]))
+            progress = Progress(done=int(event["done"]), total=int(event["total"]), unit=str(event["unit"]))
+            if progress != self.progress:
+                self.progress, self.moved = progress, time.monotonic()
         elif event.get("type") == "log" and len(self.lines) < LOG_LINES_HELD:
             self.lines.append((timezone.now(), str(event.get("level", "info")), str(event.get("text", ""))))
         elif event.get("type") == "fault":
@@ -121,7 +131,27 @@ class Watch:
         if now - self.reconciled >= RECONCILE_SECONDS:
             self.reconciled = now
             self.tend()
-        return asked == CancelRequest.KILL
+        return asked == CancelRequest.KILL or self._stands_still(now)
+
+    def _stands_still(self, now: float) -> bool:
+        """Whether nothing has moved for longer than steps of this kind may take, while this worker is alive."""
+        quiet = now - self.moved
+        if not has_stalled(quiet, settings.PROGRESS_LIMIT_SECONDS):
+            return False
+        if not self.measured or now - self.measured >= MEASURE_SECONDS:
+            typical = typical_seconds(self.claim.job_id, self.claim.spec.kind)
+            least, factor = settings.PROGRESS_LIMIT_SECONDS, settings.PROGRESS_LIMIT_FACTOR
+            self.limit = progress_limit(typical, factor=factor, least_seconds=least)
+            self.measured = now
+        if has_stalled(quiet, self.limit):
+            self.stalled = f"nothing moved for {quiet:.0f} s, and the limit for such a step is {self.limit:.0f} s"
+        return bool(self.stalled)
+
+    def ending(self, outcome: Outcome) -> Outcome:
+        """``outcome``, or why the child was killed before it had one."""
+        if self.stalled and outcome.kind == "cancelled":
+            return Outcome(kind="killed", code=STALLED, message=self.stalled, signal=signal.SIGKILL)
+        return outcome
 
     def out_of_touch(self) -> bool:
         """Whether the lease could not be renewed for so long that somebody else may soon hold the step."""
@@ -257,7 +287,7 @@ def _write(claim: Claim, watch: Watch, outcome: Outcome) -> None:
     if watch.stopping:
         step_release(claim=claim, detail="the worker was stopped: the step goes back into the queue")
     elif not watch.lost:
-        step_finish(claim=claim, outcome=outcome)
+        step_finish(claim=claim, outcome=watch.ending(outcome))
 
 
 def new_execution(*, queues: list[str]) -> Execution:

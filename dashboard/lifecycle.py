@@ -62,6 +62,9 @@ class StepState(TextChoices):
     DEAD = "dead", _("Dead")
 
 
+OPEN_STEP_STATES = frozenset({StepState.WAITING, StepState.RUNNING})
+
+
 class AttemptOutcome(TextChoices):
     RUNNING = "running", _("Running")
     DONE = "done", _("Done")

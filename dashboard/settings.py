@@ -39,6 +39,10 @@ IDLE_LOOK_SECONDS = env.float("IDLE_LOOK_SECONDS", default=15)
 """A worker that hears of no work looks for some by itself this often."""
 RETRY_SECONDS = env.int("RETRY_SECONDS", default=5)
 """The pause before a step that broke is tried again, times how often it broke."""
+PROGRESS_LIMIT_SECONDS = env.int("PROGRESS_LIMIT_SECONDS", default=900)
+PROGRESS_LIMIT_FACTOR = env.float("PROGRESS_LIMIT_FACTOR", default=10.0)
+"""A step that has not moved for PROGRESS_LIMIT_FACTOR times what steps of its kind take, and for at least
+PROGRESS_LIMIT_SECONDS, is killed although its worker is alive."""
 RESUME_FREE_BYTES = env.int("RESUME_FREE_BYTES", default=256_000_000)
 """A job that waits for room on the disk goes on when so much is free."""
 STEP_DEVICE = env.str("STEP_DEVICE", default="auto")

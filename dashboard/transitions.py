@@ -16,6 +16,7 @@ from django.utils.translation import gettext as _
 
 from dashboard.lifecycle import (
     ATTEMPTS_PER_CAUSE,
+    OPEN_STEP_STATES,
     TERMINAL_JOB_STATES,
     AttemptOutcome,
     CancelRequest,
@@ -30,7 +31,6 @@ DAMAGED = "damaged"
 STALLED = "stalled"
 """The code and the cause of an attempt that was killed because nothing moved while its worker was alive."""
 CLAIMABLE_JOB_STATES = frozenset({JobState.QUEUED, JobState.RUNNING})
-OPEN_STEP_STATES = frozenset({StepState.WAITING, StepState.RUNNING})
 
 
 class FenceClosed(Refused):

@@ -53,7 +53,7 @@ SELECT concat_ws('-', (SELECT system_identifier FROM pg_control_system()),
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('dashboard', '0004_preflight'),
+        ('dashboard', '0005_claims_at_scale'),
     ]
 
     operations = [

@@ -9,6 +9,7 @@ from django.utils.translation import gettext_lazy as _
 
 from dashboard.lifecycle import (
     ACTIVE_JOB_STATES,
+    OPEN_STEP_STATES,
     TERMINAL_JOB_STATES,
     AttemptOutcome,
     BlockedReason,
@@ -62,6 +63,12 @@ class Job(models.Model):
             models.Index(
                 fields=["-priority", "id"], name="job_active", condition=models.Q(state__in=sorted(ACTIVE_JOB_STATES))
             ),
+            models.Index(
+                fields=["-id"], name="job_unfinished", condition=models.Q(state__in=sorted(ACTIVE_JOB_STATES))
+            ),
+            models.Index(fields=["state", "-id"], name="job_by_state"),
+            models.Index(fields=["kind", "-id"], name="job_by_kind"),
+            models.Index(fields=["created_by", "-id"], name="job_by_person"),
         ]
         constraints = [
             models.CheckConstraint(condition=models.Q(state__in=JobState.values), name="job_state_known"),
@@ -123,6 +130,12 @@ class Step(models.Model):
             models.CheckConstraint(condition=models.Q(state__in=StepState.values), name="step_state_known"),
         ]
         indexes = [
+            # What a claim looks at: a finished job has no such step, however many jobs there are.
+            models.Index(
+                fields=["job", "queue", "index"],
+                name="step_open",
+                condition=models.Q(state__in=sorted(OPEN_STEP_STATES)),
+            ),
             models.Index(fields=["queue", "job", "index"], name="step_waiting", condition=models.Q(state="waiting")),
             models.Index(fields=["lease_until"], name="step_leased", condition=models.Q(state="running")),
             models.Index(fields=["key"], name="step_done_by_key", condition=models.Q(state="done")),

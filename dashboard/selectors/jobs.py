@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from statistics import median
 
-from django.db.models import Count, Max, Q, QuerySet
+from django.db.models import Count, Exists, Max, OuterRef, Q, QuerySet
 from django.utils import timezone
 
 from dashboard.lifecycle import (
@@ -18,7 +19,7 @@ from dashboard.lifecycle import (
     JobState,
     StepState,
 )
-from dashboard.models import Attempt, Job, LogLine, Step
+from dashboard.models import Attempt, Job, LogLine, Step, User
 from dashboard.pictures import Bar, Column
 
 PAGE = 30
@@ -27,44 +28,67 @@ STATE_FILTERS: dict[str, frozenset[JobState]] = {
     "finished": TERMINAL_JOB_STATES,
     **{state.value: frozenset({state}) for state in JobState if state != JobState.DRAFT},
 }
+SEARCHED = 50_000
+TIMED = 200
+"""From how many finished steps of a kind it is read how long they take."""
 
 
 def job_list(
     *, state: str = "", kind: str = "", query: str = "", before: int | None = None, limit: int = PAGE
 ) -> list[Job]:
-    """One page of jobs, newest first, by keyset: ``before`` is the last number of the page above."""
-    jobs = _counted(Job.objects.exclude(state=JobState.DRAFT))
-    if state in STATE_FILTERS:
-        jobs = jobs.filter(state__in=STATE_FILTERS[state])
+    """One page of jobs, newest first, by keyset: ``before`` is the last number of the page above.
+
+    Two queries however many jobs there are: the numbers of the page, along an index, and then these jobs alone with
+    their steps counted.
+    """
+    jobs = (
+        Job.objects.filter(state__in=STATE_FILTERS[state])
+        if state in STATE_FILTERS
+        else Job.objects.exclude(state=JobState.DRAFT)
+    )
     if kind:
         jobs = jobs.filter(kind=kind)
-    if query:
-        jobs = jobs.filter(_matches(query))
     if before is not None:
         jobs = jobs.filter(pk__lt=before)
-    return list(jobs.order_by("-pk")[:limit])
+    page = jobs.order_by("-pk").values_list("pk", flat=True)
+    found = _search(page, query, before, limit) if query else list(page[:limit])
+    return _counted(found)
 
 
-def _matches(query: str) -> Q:
+def _search(page: QuerySet[Job, int], query: str, before: int | None, limit: int) -> list[int]:
+    """The jobs of ``page`` that ``query`` names: by number, by person, or by a part of the title.
+
+    A part of a title is looked for in the next ``SEARCHED`` numbers only: reading a million titles would hold up the
+    page, and nothing but reading finds the middle of a word.
+    """
+    newest = before or Job.objects.aggregate(newest=Max("pk"))["newest"] or 0
+    people = list(User.objects.filter(username__iexact=query).values_list("pk", flat=True))
+    found = set(page.filter(title__icontains=query, pk__gte=newest - SEARCHED)[:limit])
+    found |= set(page.filter(created_by__in=people)[:limit])
     number = query.lstrip("#")
-    matches = Q(title__icontains=query) | Q(created_by__username__iexact=query)
-    return matches | Q(pk=int(number)) if number.isascii() and number.isdigit() and len(number) < 18 else matches
+    if number.isascii() and number.isdigit() and len(number) < 18:
+        found |= set(page.filter(pk=int(number)))
+    return sorted(found, reverse=True)[:limit]
 
 
-def _counted(jobs: QuerySet[Job]) -> QuerySet[Job]:
-    return jobs.select_related("created_by", "variant").annotate(
+def _counted(numbers: list[int]) -> list[Job]:
+    """These jobs in this order, with their steps counted: only theirs are read."""
+    jobs = Job.objects.select_related("created_by", "variant").annotate(
         steps_total=Count("steps"), steps_done=Count("steps", filter=Q(steps__state=StepState.DONE))
     )
+    found = jobs.in_bulk(numbers)
+    return [found[number] for number in numbers if number in found]
 
 
 def jobs_active(limit: int = 20) -> list[Job]:
-    jobs = _counted(Job.objects.filter(state__in=ACTIVE_JOB_STATES))
-    return list(jobs.order_by("-priority", "pk")[:limit])
+    jobs = Job.objects.filter(state__in=ACTIVE_JOB_STATES).order_by("-priority", "pk")
+    return _counted(list(jobs.values_list("pk", flat=True)[:limit]))
 
 
 def jobs_in_trouble(limit: int = 10) -> list[Job]:
     """Jobs that said no or died and that nobody has tried again since."""
-    jobs = Job.objects.filter(state__in=[JobState.FAILED, JobState.DEAD], clones__isnull=True)
+    tried_again = Exists(Job.objects.filter(cloned_from=OuterRef("pk")))
+    jobs = Job.objects.filter(~tried_again, state__in=[JobState.FAILED, JobState.DEAD])
     return list(jobs.select_related("created_by", "variant").order_by("-pk")[:limit])
 
 
@@ -177,6 +201,20 @@ def _rates(steps: Iterable[Step]) -> dict[str, float]:
         if step.state == StepState.DONE and not step.reused and step.started_at and step.finished_at:
             times[step.kind].append((step.finished_at - step.started_at).total_seconds())
     return {kind: sum(values) / len(values) for kind, values in times.items()}
+
+
+def typical_seconds(job_id: int, kind: str) -> float | None:
+    """The median duration of the latest finished steps of ``kind``: of this job, or else of others."""
+    timed = Step.objects.filter(kind=kind, state=StepState.DONE, reused=False).order_by("-pk")
+    for steps in (timed.filter(job_id=job_id), timed):
+        times = [
+            (end - start).total_seconds()
+            for start, end in steps.values_list("started_at", "finished_at")[:TIMED]
+            if start and end
+        ]
+        if times:
+            return median(times)
+    return None
 
 
 def timeline_columns(steps: Sequence[Step]) -> list[Column]:

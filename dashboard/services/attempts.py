@@ -103,14 +103,15 @@ def leases_return(job: Job) -> int:
     return len(steps)
 
 
-def inputs_reopen(job: Job, step: Step, names: Collection[str]) -> int:
-    """Do the steps again whose outputs ``step`` found damaged as its inputs ``names``; returns how many those are.
+def inputs_reopen(job: Job, step: Step, names: Collection[str]) -> bool:
+    """Do the steps again whose outputs ``step`` found damaged as its inputs ``names``; whoever needs them waits.
 
-    Whoever else needs them waits with it. Inputs that are no outputs of this job's steps are not counted.
+    False when one of them is no output of a step of this job. A step that somebody reopened before is left alone.
     """
-    given = (step.inputs.get(name, "") for name in names)
-    indices = sorted({int(value[1:]) for value in given if value.startswith("@")})
-    reopened = 0
+    given = [step.inputs.get(name, "") for name in names]
+    if not all(value.startswith("@") for value in given):
+        return False
+    indices = sorted({int(value[1:]) for value in given})
     for source in Step.objects.select_for_update(no_key=True).filter(job=job, index__in=indices, state=StepState.DONE):
         if job.is_terminal:
             break
@@ -118,8 +119,7 @@ def inputs_reopen(job: Job, step: Step, names: Collection[str]) -> int:
         detail = "its output no longer matches its digest: the disk changed it"
         step_apply(source, change, detail, {"output": "", "key": ""}, before=StepState.DONE)
         step_job_apply(job, source, change, Outcome(kind="errored", message=detail))
-        reopened += 1
-    return reopened
+    return True
 
 
 def _clock() -> Func:

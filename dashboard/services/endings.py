@@ -13,7 +13,7 @@ from django.utils import timezone
 
 from compression_worker.faults import failpoint
 from dashboard import transitions
-from dashboard.lifecycle import AttemptOutcome, JobKind, JobState, Refused, StepState
+from dashboard.lifecycle import OPEN_STEP_STATES, AttemptOutcome, JobKind, JobState, Refused, StepState
 from dashboard.models import Attempt, Job
 from dashboard.services.evaluations import evaluation_publish
 from dashboard.services.ordering import wake_waiting
@@ -67,7 +67,7 @@ def cancel_rest(job: Job) -> None:
     Attempt.objects.filter(step__job=job, step__state=StepState.RUNNING, outcome=AttemptOutcome.RUNNING).update(
         outcome=AttemptOutcome.CANCELLED, finished_at=now
     )
-    job.steps.filter(state__in=sorted(transitions.OPEN_STEP_STATES)).update(
+    job.steps.filter(state__in=sorted(OPEN_STEP_STATES)).update(
         state=StepState.CANCELLED, owner="", lease_until=None, finished_at=now
     )
     failpoint("cancel.rest")

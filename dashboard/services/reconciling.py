@@ -17,7 +17,7 @@ from compression_worker.faults import failpoint
 from compression_worker.machine import Machine
 from compression_worker.store import open_store
 from dashboard import transitions
-from dashboard.lifecycle import BlockedReason, JobState, Refused, StepState
+from dashboard.lifecycle import OPEN_STEP_STATES, BlockedReason, JobState, Refused, StepState
 from dashboard.models import Job, Step, Worker
 from dashboard.services.approvals import approvals_expire
 from dashboard.services.attempts import leases_return, step_facts
@@ -85,7 +85,7 @@ def _resume_blocked() -> None:
     store = open_store(settings.ARTIFACT_ROOT, settings.ARTIFACT_CACHE)
     has_room = store.free_bytes() >= settings.RESUME_FREE_BYTES
     for job in _locked_jobs(waiting.values("pk")):
-        steps = [step_facts(step) for step in job.steps.filter(state__in=sorted(transitions.OPEN_STEP_STATES))]
+        steps = [step_facts(step) for step in job.steps.filter(state__in=sorted(OPEN_STEP_STATES))]
         is_there = has_room or job.blocked_reason != BlockedReason.DISK
         with contextlib.suppress(Refused):
             job_apply(job, transitions.resume(job_facts(job), steps, has_room=is_there, now=timezone.now()))

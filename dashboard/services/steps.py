@@ -13,7 +13,6 @@ import random
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import Enum
 from typing import Any
 
 from django.conf import settings
@@ -40,10 +39,10 @@ from dashboard.services.attempts import (
 from dashboard.services.endings import job_apply, job_facts
 from dashboard.services.logs import without_nul
 from dashboard.services.ordering import steps_insert
-from dashboard.services.units import recorded, unit_of_work
+from dashboard.services.units import persist, recorded, unit_of_work
 from dashboard.transitions import AttemptFacts, Ending, JobFacts
 
-CLAIM_ROUNDS = 20
+CLAIM_ROUNDS = 40
 """How often a worker looks again when what it wanted was taken or held by somebody else just then."""
 LONGEST_LOOK_AWAY = 0.05
 
@@ -71,13 +70,6 @@ class Progress:
     unit: str = ""
 
 
-class Miss(Enum):
-    """Why a look for work took nothing."""
-
-    NOTHING = "nothing"  # there is nothing to do, or the jobs that have work are held by somebody else just now
-    OUTDATED = "outdated"  # what was found had moved on, or had to be put right first: look again
-
-
 READY = """
     FROM dashboard_job j CROSS JOIN LATERAL (
       SELECT * FROM dashboard_step open
@@ -88,16 +80,16 @@ READY = """
             open.state = 'waiting' AND (open.not_before IS NULL OR open.not_before <= clock_timestamp())
             AND NOT EXISTS (
               SELECT 1 FROM jsonb_each_text(open.inputs) needed
-              WHERE needed.value LIKE '@%%' AND NOT EXISTS (
-                SELECT 1 FROM dashboard_step made
-                WHERE made.job_id = open.job_id AND made.index = substr(needed.value, 2)::int AND made.state = 'done'
+              WHERE needed.value LIKE '@%%' AND 'done' IS DISTINCT FROM (
+                SELECT made.state FROM dashboard_step made
+                WHERE made.job_id = open.job_id AND made.index = substr(needed.value, 2)::int
               )
             )
           )
         )
       ORDER BY open.index LIMIT 1
     ) s
-    WHERE j.state IN ('queued', 'running') AND j.cancel_requested = ''
+    WHERE j.state IN ('queued', 'running') AND j.cancel_requested = '' AND j.id <> ALL(%(held)s::bigint[])
     ORDER BY j.priority DESC, j.id
     LIMIT 1
 """
@@ -108,23 +100,27 @@ NEXT = f"""
       s.id AS step_id, s.state, s.attempt, s.causes, s.lease_until, s.not_before,
       s.name, s.kind, s.params, s.seed, clock_timestamp() AS now,
       (
-        SELECT jsonb_object_agg(needed.key, CASE WHEN needed.value LIKE '@%%' THEN made.output ELSE needed.value END)
+        SELECT jsonb_object_agg(needed.key, CASE WHEN needed.value NOT LIKE '@%%' THEN needed.value ELSE (
+          SELECT made.output FROM dashboard_step made
+          WHERE made.job_id = s.job_id AND made.index = substr(needed.value, 2)::int AND made.state = 'done'
+        ) END)
         FROM jsonb_each_text(s.inputs) needed
-        LEFT JOIN dashboard_step made ON made.job_id = s.job_id AND made.state = 'done'
-          AND made.index = CASE WHEN needed.value LIKE '@%%' THEN substr(needed.value, 2)::int END
       ) AS inputs
     {READY}
-    FOR NO KEY UPDATE OF j SKIP LOCKED
 """
-"""All that a claim needs to know, with its job locked. A job that somebody else holds is passed over."""
+"""All that a claim needs to know. Nothing is locked: what was seen is compared again when the claim is written."""
 
 TAKE = """
-    WITH taken AS (
-      UPDATE dashboard_step SET state = %(state)s, attempt = %(attempt)s, owner = %(worker)s,
+    WITH job AS (
+      SELECT id FROM dashboard_job
+      WHERE id = %(job)s AND state = %(job_seen)s AND cancel_requested = ''
+      FOR NO KEY UPDATE SKIP LOCKED
+    ), taken AS (
+      UPDATE dashboard_step step SET state = %(state)s, attempt = %(attempt)s, owner = %(worker)s,
         lease_until = %(lease_until)s, not_before = %(not_before)s, key = %(key)s, progress_done = 0,
         progress_total = 0, progress_unit = '', progress_at = NULL, started_at = %(now)s, finished_at = NULL
-      WHERE id = %(step)s AND attempt = %(seen)s AND state = 'waiting'
-      RETURNING id
+      FROM job WHERE step.id = %(step)s AND step.job_id = job.id AND step.attempt = %(seen)s AND step.state = 'waiting'
+      RETURNING step.id
     ), noted AS (
       INSERT INTO dashboard_attempt (step_id, number, worker, outcome, detail, started_at)
       SELECT id, %(attempt)s, %(worker)s, 'running', '', %(now)s FROM taken
@@ -132,77 +128,85 @@ TAKE = """
       UPDATE dashboard_job SET state = %(job_state)s, started_at = COALESCE(started_at, %(now)s)
       WHERE id = %(job)s AND state <> %(job_state)s AND EXISTS (SELECT 1 FROM taken)
     )
-    SELECT (SELECT output FROM dashboard_step WHERE key = %(key)s AND state = 'done' ORDER BY id DESC LIMIT 1)
-    FROM taken
+    SELECT EXISTS (SELECT 1 FROM job) AS is_free, EXISTS (SELECT 1 FROM taken) AS is_taken,
+      (SELECT output FROM dashboard_step WHERE key = %(key)s AND state = 'done' ORDER BY id DESC LIMIT 1) AS output
 """
-"""Write a claim down, unless the step moved on after it was looked at; gives the output of a done step with its key."""
+"""The claim: one statement, one transaction. It waits for nobody: a job that somebody holds is not free, and a step
+that moved on since it was seen is not taken. ``output`` is that of a done step with the same key."""
 
 
 def step_claim(*, worker: str, queues: list[str]) -> Claim | None:
     """The next ready step of ``queues``, leased to ``worker``; None when there is none."""
+    held: list[int] = []
     for round_ in range(CLAIM_ROUNDS):
-        found = _claim_next(worker, queues)
-        if isinstance(found, Claim):
-            failpoint("claim.committed")
-            return found
-        if found is Miss.NOTHING:
-            if ready_step(queues) is None:
+        row = _row(NEXT, {"queues": queues, "held": held})
+        if row is None:
+            if not held:
                 return None
+            held.clear()
             time.sleep(min(LONGEST_LOOK_AWAY, 0.001 * 2**round_) * random.uniform(0.5, 1.0))
+        elif row["state"] == StepState.RUNNING:
+            if not _leases_return(row["job_id"]):
+                held.append(row["job_id"])
+        else:
+            failpoint("claim.found")
+            taken = _take(row, worker)
+            if isinstance(taken, Claim):
+                failpoint("claim.committed")
+                return taken
+            if not taken:
+                held.append(row["job_id"])
     return None
 
 
 def ready_step(queues: list[str]) -> tuple[int, int] | None:
-    """(step, job) of what would be claimed next. Only a hint, soon outdated: nothing is locked."""
+    """(step, job) of what would be claimed next. Only a hint, soon outdated."""
     with connection.cursor() as cursor:
-        cursor.execute(f"SELECT s.id, j.id {READY}", {"queues": queues})
+        cursor.execute(f"SELECT s.id, j.id {READY}", {"queues": queues, "held": []})
         row: tuple[int, int] | None = cursor.fetchone()
     return row
 
 
 @unit_of_work
-def _claim_next(worker: str, queues: list[str]) -> Claim | Miss:
-    with recorded(actor=None, reason=f"claimed by {worker}"):
-        row = _row(NEXT, {"queues": queues})
-        if row is None:
-            return Miss.NOTHING
-        failpoint("claim.found")
-        if row["state"] == StepState.RUNNING:
-            leases_return(Job.objects.get(pk=row["job_id"]))
-            return Miss.OUTDATED
-        return _take(row, worker)
+def _leases_return(job_id: int) -> bool:
+    """Put right what a lost worker left behind in the job; False when somebody else holds it just now."""
+    job = Job.objects.select_for_update(no_key=True, skip_locked=True).filter(pk=job_id).first()
+    if job is None:
+        return False
+    with recorded(actor=None, reason="a lease ran out"):
+        leases_return(job)
+    return True
 
 
-def _take(row: dict[str, Any], worker: str) -> Claim | Miss:
+def _take(row: dict[str, Any], worker: str) -> Claim | bool:
+    """The claim; without one, whether the job was free, so that it is worth looking at again."""
     inputs: dict[str, str] = json.loads(row["inputs"] or "{}")
     spec = StepSpec(kind=row["kind"], params=json.loads(row["params"]), inputs=inputs, seed=row["seed"])
-    job = JobFacts(state=JobState(row["job_state"]), cancel=row["cancel_requested"], blocked=row["blocked_reason"])
     change = transitions.claim(
-        job,
+        JobFacts(state=JobState(row["job_state"]), cancel=row["cancel_requested"], blocked=row["blocked_reason"]),
         facts_of(row["state"], row["attempt"], json.loads(row["causes"]), row["lease_until"], row["not_before"]),
         inputs_done=None not in inputs.values(),
         now=row["now"],
         lease=timedelta(seconds=settings.LEASE_SECONDS),
     )
-    taken = _row(
-        TAKE,
-        {
-            "step": row["step_id"],
-            "job": row["job_id"],
-            "seen": row["attempt"],
-            "worker": worker,
-            "key": spec.key,
-            "now": row["now"],
-            "attempt": change.attempt.number,
-            "state": str(change.step.state),
-            "lease_until": change.step.lease_until,
-            "not_before": change.step.not_before,
-            "job_state": str(change.job.state),
-        },
-    )
-    if taken is None:
-        return Miss.OUTDATED
-    failpoint("claim.taken")
+    written = {
+        "step": row["step_id"],
+        "job": row["job_id"],
+        "seen": row["attempt"],
+        "job_seen": row["job_state"],
+        "worker": worker,
+        "key": spec.key,
+        "now": row["now"],
+        "attempt": change.attempt.number,
+        "state": str(change.step.state),
+        "lease_until": change.step.lease_until,
+        "not_before": change.step.not_before,
+        "job_state": str(change.job.state),
+    }
+    with recorded(actor=None, reason=f"claimed by {worker}"):
+        taken = _row(TAKE, written)
+    if taken is None or not taken["is_taken"]:
+        return bool(taken and taken["is_free"])
     return Claim(
         step_id=row["step_id"],
         job_id=row["job_id"],
@@ -214,10 +218,15 @@ def _take(row: dict[str, Any], worker: str) -> Claim | Miss:
 
 
 def _row(query: str, values: dict[str, Any]) -> dict[str, Any] | None:
-    with connection.cursor() as cursor:
-        cursor.execute(query, values)
-        row = cursor.fetchone()
-        return None if row is None else dict(zip((column.name for column in cursor.description), row, strict=True))
+    """The one row of a statement that is a transaction of its own; said again when the database was away."""
+
+    def run() -> dict[str, Any] | None:
+        with connection.cursor() as cursor:
+            cursor.execute(query, values)
+            row = cursor.fetchone()
+            return None if row is None else dict(zip((column.name for column in cursor.description), row, strict=True))
+
+    return run() if connection.in_atomic_block else persist(run)
 
 
 def _lease_end() -> Combinable:

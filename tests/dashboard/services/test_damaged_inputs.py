@@ -57,6 +57,25 @@ def test_the_damaged_output_is_made_again_and_the_job_succeeds() -> None:
     assert job.state == JobState.SUCCEEDED
 
 
+def test_two_who_find_the_same_damage_have_it_made_again_once() -> None:
+    steps = (
+        step("done", name="one"),
+        step("done", name="two", inputs={"x": "@0"}),
+        step("done", name="three", inputs={"x": "@0"}),
+    )
+    job = ordered(*steps)
+    step_finish(claim=claimed(), outcome=Outcome(kind="done", output=digest("plan"), steps=steps))
+    done(claimed())
+    second, third = claimed(), claimed()
+    for claim in (second, third):
+        step_finish(claim=claim, outcome=DAMAGED)
+    assert job.steps.get(index=1).causes == {"damaged": 1}
+    for _ in range(3):
+        done(claimed())
+    job.refresh_from_db()
+    assert job.state == JobState.SUCCEEDED
+
+
 def test_a_disk_that_damages_it_three_times_ends_the_job() -> None:
     job = two_steps()
     for _ in range(2):
