@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,27 @@ def test_one_blob_lies_once_and_is_read_only(store: Store, tmp_path: Path) -> No
     digests = {store.write_file(tmp_path / "file"), store.write_bytes(b"abc" * 1_000_000)}
     assert files(store) == [store.path(digests.pop())]
     assert files(store)[0].stat().st_mode & 0o777 == 0o444
+
+
+def test_a_blob_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_counts(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synchronise(handle: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    def rename(source: Path, target: Path) -> None:
+        done.append("rename")
+        replace(source, target)
+
+    store.write_bytes(b"the folder is there already")
+    monkeypatch.setattr(os, "fsync", synchronise)
+    monkeypatch.setattr(os, "replace", rename)
+    store.write_bytes(b"the folder is there already")
+    assert done == ["file", "rename", "folder"]
 
 
 def test_an_error_while_writing_leaves_nothing(store: Store) -> None:

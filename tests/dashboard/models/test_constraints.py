@@ -213,6 +213,17 @@ def test_history_is_only_added_to() -> None:
     refused("DELETE FROM dashboard_deploymentevent", match="(?i)cannot update or delete")
 
 
+def test_history_is_never_emptied() -> None:
+    deployed()
+    with connection.cursor() as cursor:
+        cursor.execute("SET LOCAL deltaworks.may_empty_history = ''")  # as a connection of the product has it
+        cursor.execute("SELECT tablename FROM pg_tables WHERE tablename LIKE 'dashboard_%event'")
+        tables = [name for (name,) in cursor.fetchall()]
+    assert "dashboard_deploymentevent" in tables
+    for name in tables:
+        refused(f"TRUNCATE {name}", match="history is only added to")
+
+
 def test_a_job_has_an_end_exactly_when_it_has_ended() -> None:
     job = Job.objects.create(kind="compress", title="x", spec={}, created_by=person(Role.ENGINEER))
     refused("UPDATE dashboard_job SET state = 'dead' WHERE id = %s", job.pk, match="job_finished_when_terminal")

@@ -233,6 +233,39 @@ def test_an_old_claim_changes_nothing() -> None:
     assert step_watch(claim=new) == ""
 
 
+def test_a_worker_that_claims_again_does_not_write_under_its_old_number() -> None:
+    ordered(step("done"))
+    old = claimed("one and the same")
+    lapse(old)
+    new = claimed("one and the same")
+    with pytest.raises(LeaseLost):
+        done(old)
+    assert (step_watch(claim=new), Step.objects.get(pk=new.step_id).attempt) == ("", 2)
+
+
+def test_a_worker_whose_clock_is_wrong_neither_gains_nor_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hours in (-1, 1):
+        wrong = timezone.now() + timedelta(hours=hours)
+        ordered(step("done"))
+        with monkeypatch.context() as patched:
+            patched.setattr(timezone, "now", lambda wrong=wrong: wrong)
+            claim = claimed(f"worker {hours}")
+            seconds_left = [lease_left(claim)]
+            step_heartbeat(claim=claim, progress=Progress())
+            seconds_left.append(lease_left(claim))
+        assert all(50 < left <= 60 for left in seconds_left)
+
+
+def lease_left(claim: Claim) -> float:
+    """Seconds until the lease of ``claim`` runs out, by the database's clock."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT extract(epoch FROM lease_until - clock_timestamp()) FROM dashboard_step WHERE id = %s",
+            [claim.step_id],
+        )
+        return float(cursor.fetchone()[0])
+
+
 def test_a_lapsed_lease_that_nobody_took_can_still_be_renewed() -> None:
     ordered(step("done"))
     claim = claimed()
