@@ -7,7 +7,10 @@ BIN := .venv/bin
 TOOL_ENV := SECRET_KEY=unused ARTIFACT_ROOT=/nonexistent DATABASE_URL=postgres://unused@127.0.0.1/unused PLAIN_STATIC=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format bench messages browser manage demo-remove demo-smollm2 screenshots
+SEEDS ?= 1,2,3
+FAULTS ?= 600
+JOBS ?= 200
+.PHONY: help setup run test check format bench messages browser brokers sweep soak mutants manage demo-remove demo-smollm2 screenshots
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -27,7 +30,7 @@ setup: .venv/installed ## Make the virtual environment and install what requirem
 run: setup ## Start everything on this machine; Ctrl-C stops it (data in .deltaworks, or in $DELTAWORKS_HOME)
 	@exec $(BIN)/python -m deploy.local
 
-test: setup browser ## Run all tests, the browser's included
+test: setup browser brokers ## Run all tests, the browser's and the short storms included (about 20 minutes)
 	$(BIN)/python -m pytest -q
 
 check: setup ## Formatting, lint, types, import contracts
@@ -45,6 +48,15 @@ bench: setup ## Run the benchmarks: extraction, memory, size, rollback under loa
 	$(BIN)/python tests/benchmarks/rollback.py --rounds 50 --clients 4
 	$(BIN)/python tests/benchmarks/rollback_over_http.py --rounds 50 --clients 4
 
+sweep: setup ## Inject each fault at each failpoint, one a run, over the whole loop (74 places x 5 actions: half an hour)
+	$(BIN)/python -m tests.reliability.sweep
+
+soak: setup brokers ## Let a seeded storm of faults loose on a fleet: make soak SEEDS=1,2,3 FAULTS=600 JOBS=200 (10 minutes)
+	$(BIN)/python -m tests.reliability.soak --seeds $(SEEDS) --faults $(FAULTS) --jobs $(JOBS)
+
+mutants: setup ## Plant 20 bugs, each of which the test that is named for it has to catch (3 minutes)
+	$(BIN)/python -m tests.reliability.mutants
+
 messages: setup ## Collect the words of pages for translation and compile the catalogues
 	$(TOOL_ENV) $(BIN)/python manage.py messages
 
@@ -55,6 +67,15 @@ browser: ## Install Chromium for the browser tests (Debian, as root)
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	else \
 		echo "the browser tests need chromium on the PATH: sudo apt-get install chromium"; exit 1; \
+	fi
+
+brokers: ## Install Redis and RabbitMQ for the storms (Debian, as root)
+	@command -v redis-server >/dev/null && test -x /usr/lib/rabbitmq/bin/rabbitmq-server && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing redis-server and rabbitmq-server for the storms"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends redis-server rabbitmq-server >/dev/null; \
+	else \
+		echo "without redis-server and rabbitmq-server the storms run on the carried broker alone: sudo apt-get install redis-server rabbitmq-server"; \
 	fi
 
 manage: setup ## Run a management command against the running stack: make manage ARGS="demo remove"
