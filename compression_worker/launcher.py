@@ -318,7 +318,8 @@ def _outcome(line: bytes, on_event: Callable[[Json], None]) -> Outcome | None:
         if kind == "damaged":
             return Outcome(kind="damaged", inputs=tuple(answer["inputs"]), message=answer["message"])
         if kind == "errored":
-            return Outcome(kind="errored", message=answer["message"], detail=answer["traceback"])
+            code = answer.get("code", "")
+            return Outcome(kind="errored", code=code, message=answer["message"], detail=answer["traceback"])
     except (ValueError, KeyError, TypeError) as error:
         return Outcome(kind="errored", message=f"the child's answer cannot be read: {error}", detail=repr(line[:500]))
     on_event(answer)

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from compression_worker import catalog, faults, machine
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput, StepSpec
 from compression_worker.faults import failpoint
-from compression_worker.store import NoRoom, Store, open_store
+from compression_worker.store import STORE_AWAY, NoRoom, Store, StoreAway, open_store
 
 TORCH_FREE = frozenset({"checkpoint.import"})
 PROGRESS_SECONDS = 0.2
@@ -55,6 +55,8 @@ class Runner:
             return {"type": "failed", "code": error.code, "message": error.message}
         except NoRoom as error:
             return {"type": "blocked", "reason": "disk", "message": str(error)}
+        except StoreAway as error:
+            return _errored(error) | {"code": STORE_AWAY}
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return {"type": "blocked", "reason": "disk", "message": str(error)}

@@ -32,6 +32,13 @@ class NoRoom(Exception):
     """The disk (or the quota) is full. The job waits for room; nothing is lost."""
 
 
+STORE_AWAY = "store_away"
+"""The code of an attempt that broke because its worker could not use the store: the step is not at fault."""
+AWAY = frozenset(
+    {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM}
+)
+
+
 class StoreAway(OSError):
     """The store did not answer, or would not let us in. Nothing is known to be wrong with any blob."""
 
@@ -68,6 +75,8 @@ def _room() -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoRoom(str(error)) from error
+        if error.errno in AWAY:
+            raise StoreAway(error.errno, f"the store cannot be written: {error}") from error
         raise
 
 
@@ -128,15 +137,17 @@ class Store:
             handle, name = tempfile.mkstemp(dir=self.root / "tmp")
         temporary = Path(name)
         try:
-            with os.fdopen(handle, "wb") as file, _room():
-                failpoint("store.open")
+            with os.fdopen(handle, "wb") as file:
+                with _room():
+                    failpoint("store.open")
                 blob = BlobWriter(file)
                 yield blob
-                failpoint("store.written")
-                file.flush()
-                if self.durable:
-                    os.fsync(file.fileno())
-                failpoint("store.synced")
+                with _room():
+                    failpoint("store.written")
+                    file.flush()
+                    if self.durable:
+                        os.fsync(file.fileno())
+                    failpoint("store.synced")
             with _room():
                 os.chmod(temporary, 0o444)
                 self._publish(temporary, blob.finish())

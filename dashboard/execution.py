@@ -33,6 +33,7 @@ from compression_worker.launcher import Launcher, Outcome, child_command
 from compression_worker.machine import this_machine
 from dashboard.celery import RECONCILE_SECONDS
 from dashboard.lifecycle import CancelRequest
+from dashboard.quarantine import Quarantine
 from dashboard.selectors.jobs import typical_seconds
 from dashboard.services.demo import demo_advance
 from dashboard.services.logs import log_append
@@ -83,6 +84,7 @@ class Watch:
     lines: list[tuple[datetime, str, str]] = field(default_factory=list)
     lost: bool = False
     stopping: bool = False
+    returned: str = ""
     moved: float = field(default_factory=time.monotonic)
     measured: float = 0.0
     limit: float = 0.0
@@ -178,6 +180,7 @@ class Execution:
     def __init__(self, *, name: str, queues: list[str], launcher: Launcher) -> None:
         self.name = name
         self.queues = queues
+        self.quarantine = Quarantine(settings.ARTIFACT_ROOT, settings.ARTIFACT_CACHE)
         self._launcher = launcher
 
     def run_all(self) -> int:
@@ -190,7 +193,10 @@ class Execution:
     def run_one(self) -> bool:
         """One step, if there is one."""
         close_old_connections()
+        is_held = self.quarantine.holds()
         self.announce()
+        if is_held:
+            return False
         claim = step_claim(worker=self.name, queues=self.queues)
         if claim is None:
             demo_advance()
@@ -210,6 +216,7 @@ class Execution:
             pid=os.getpid(),
             machine=machine,
             code_version=CODE_VERSION,
+            trouble=self.quarantine.trouble,
         )
 
     def tend(self) -> None:
@@ -225,6 +232,8 @@ class Execution:
         watch = Watch(claim=claim, tend=self.tend)
         outcome = self._compute(claim, watch)
         failpoint("execute.outcome")
+        if self.quarantine.judge(outcome):
+            watch.returned = f"{self.quarantine.trouble}: the step goes back into the queue"
         try:
             _report(claim, watch, outcome)
             failpoint("execute.reported")
@@ -284,8 +293,9 @@ def _report(claim: Claim, watch: Watch, outcome: Outcome) -> None:
 
 def _write(claim: Claim, watch: Watch, outcome: Outcome) -> None:
     watch.flush()
-    if watch.stopping:
-        step_release(claim=claim, detail="the worker was stopped: the step goes back into the queue")
+    if watch.stopping or watch.returned:
+        reason = watch.returned or "the worker was stopped: the step goes back into the queue"
+        step_release(claim=claim, detail=reason)
     elif not watch.lost:
         step_finish(claim=claim, outcome=watch.ending(outcome))
 

@@ -101,12 +101,20 @@ def _wake_queues() -> None:
 
 @unit_of_work
 def worker_seen(
-    *, name: str, queues: list[str], device: str, pid: int, machine: Machine | None = None, code_version: str = ""
+    *,
+    name: str,
+    queues: list[str],
+    device: str,
+    pid: int,
+    machine: Machine | None = None,
+    code_version: str = "",
+    trouble: str = "",
 ) -> None:
     """Note that a worker process is alive, and what it has."""
     failpoint("worker.seen")
     now = timezone.now()
     facts = {"queues": ",".join(queues), "device": device, "pid": pid, "seen_at": now, "code_version": code_version}
+    facts |= {"trouble": trouble}
     facts |= asdict(machine) if machine else {}
     if not Worker.objects.filter(name=name).update(**facts):
         Worker.objects.get_or_create(name=name, defaults=facts | {"started_at": now})
