@@ -70,66 +70,19 @@ class Progress:
     unit: str = ""
 
 
-READY = """
-    FROM dashboard_job j CROSS JOIN LATERAL (
-      SELECT * FROM dashboard_step open
-      WHERE open.job_id = j.id AND open.state IN ('waiting', 'running') AND open.queue = ANY(%(queues)s)
-        AND (
-          (open.state = 'running' AND open.lease_until < clock_timestamp())
-          OR (
-            open.state = 'waiting' AND (open.not_before IS NULL OR open.not_before <= clock_timestamp())
-            AND NOT EXISTS (
-              SELECT 1 FROM jsonb_each_text(open.inputs) needed
-              WHERE needed.value LIKE '@%%' AND 'done' IS DISTINCT FROM (
-                SELECT made.state FROM dashboard_step made
-                WHERE made.job_id = open.job_id AND made.index = substr(needed.value, 2)::int
-              )
-            )
-          )
-        )
-      ORDER BY open.index LIMIT 1
-    ) s
-    WHERE j.state IN ('queued', 'running') AND j.cancel_requested = '' AND j.id <> ALL(%(held)s::bigint[])
-    ORDER BY j.priority DESC, j.id
-    LIMIT 1
+NEXT = """
+    SELECT * FROM step_next(%(queues)s::text[], %(held)s::bigint[])
+    ORDER BY priority DESC, job_id, index LIMIT 1
 """
-"""The step to do next. A running one whose lease lapsed counts: its claimer is gone."""
-
-NEXT = f"""
-    SELECT j.id AS job_id, j.state AS job_state, j.cancel_requested, j.blocked_reason,
-      s.id AS step_id, s.state, s.attempt, s.causes, s.lease_until, s.not_before,
-      s.name, s.kind, s.params, s.seed, clock_timestamp() AS now,
-      (
-        SELECT jsonb_object_agg(needed.key, CASE WHEN needed.value NOT LIKE '@%%' THEN needed.value ELSE (
-          SELECT made.output FROM dashboard_step made
-          WHERE made.job_id = s.job_id AND made.index = substr(needed.value, 2)::int AND made.state = 'done'
-        ) END)
-        FROM jsonb_each_text(s.inputs) needed
-      ) AS inputs
-    {READY}
-"""
-"""All that a claim needs to know. Nothing is locked: what was seen is compared again when the claim is written."""
+"""The step to do next, with all that a claim needs to know; jobs that are ``held`` are passed over. Nothing is locked:
+what was seen is compared again when the claim is written."""
 
 TAKE = """
-    WITH job AS (
-      SELECT id FROM dashboard_job
-      WHERE id = %(job)s AND state = %(job_seen)s AND cancel_requested = ''
-      FOR NO KEY UPDATE SKIP LOCKED
-    ), taken AS (
-      UPDATE dashboard_step step SET state = %(state)s, attempt = %(attempt)s, owner = %(worker)s,
-        lease_until = %(lease_until)s, not_before = %(not_before)s, key = %(key)s, progress_done = 0,
-        progress_total = 0, progress_unit = '', progress_at = NULL, started_at = %(now)s, finished_at = NULL
-      FROM job WHERE step.id = %(step)s AND step.job_id = job.id AND step.attempt = %(seen)s AND step.state = 'waiting'
-      RETURNING step.id
-    ), noted AS (
-      INSERT INTO dashboard_attempt (step_id, number, worker, outcome, detail, started_at)
-      SELECT id, %(attempt)s, %(worker)s, 'running', '', %(now)s FROM taken
-    ), moved AS (
-      UPDATE dashboard_job SET state = %(job_state)s, started_at = COALESCE(started_at, %(now)s)
-      WHERE id = %(job)s AND state <> %(job_state)s AND EXISTS (SELECT 1 FROM taken)
+    WITH answer AS MATERIALIZED (
+      SELECT * FROM step_take(%(job)s, %(job_seen)s, %(job_state)s, %(step)s, %(seen)s, %(attempt)s, %(state)s,
+        %(worker)s, %(lease_until)s, %(not_before)s, %(key)s, %(now)s)
     )
-    SELECT EXISTS (SELECT 1 FROM job) AS is_free, EXISTS (SELECT 1 FROM taken) AS is_taken,
-      (SELECT output FROM dashboard_step WHERE key = %(key)s AND state = 'done' ORDER BY id DESC LIMIT 1) AS output
+    SELECT is_free, is_taken, output FROM answer
 """
 """The claim: one statement, one transaction. It waits for nobody: a job that somebody holds is not free, and a step
 that moved on since it was seen is not taken. ``output`` is that of a done step with the same key."""
@@ -161,10 +114,8 @@ def step_claim(*, worker: str, queues: list[str]) -> Claim | None:
 
 def ready_step(queues: list[str]) -> tuple[int, int] | None:
     """(step, job) of what would be claimed next. Only a hint, soon outdated."""
-    with connection.cursor() as cursor:
-        cursor.execute(f"SELECT s.id, j.id {READY}", {"queues": queues, "held": []})
-        row: tuple[int, int] | None = cursor.fetchone()
-    return row
+    row = _row(NEXT, {"queues": queues, "held": []})
+    return None if row is None else (row["step_id"], row["job_id"])
 
 
 @unit_of_work

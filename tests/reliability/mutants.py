@@ -135,7 +135,7 @@ MUTANTS = (
     Mutant(
         "a server loads what it has not verified",
         "compression_worker/serving/loading.py",
-        'self._store.verify(entry["sha256"])',
+        'self._store.verified_path(entry["sha256"])',
         "pass",
         "tests/compression_worker/serving/test_loading.py::test_random_damage_to_any_file_is_refused",
     ),
