@@ -226,15 +226,17 @@ class _Child:
                 if tick():
                     return Outcome(kind="cancelled", message="killed on request")
                 next_tick = time.monotonic() + TICK_SECONDS
+            # Seen dead before it is read once more: what it started may hold its pipes open for ever.
+            is_dead = self.process.poll() is not None
             pending = self._write(pending)
-            self._wait(0.05 if pending else max(0.0, next_tick - time.monotonic()))
+            heard = self._wait(0.05 if pending or is_dead else max(0.0, next_tick - time.monotonic()))
             while (newline := self._unread.find(b"\n")) >= 0:
                 answer = self._take_line(newline)
                 if outcome := _outcome(answer, on_event):
                     return outcome
             if len(self._unread) > MAX_LINE_BYTES:
                 return Outcome(kind="errored", message="the child wrote a line without an end", detail=self._tail())
-            if self._ended:
+            if self._ended or (is_dead and not heard):
                 return self._how_it_ended()
 
     def end(self, *, patience: float) -> None:
@@ -258,9 +260,12 @@ class _Child:
                 return pending[os.write(self._in.fileno(), pending) :]
         return pending
 
-    def _wait(self, seconds: float) -> None:
-        for key, _ in self._selector.select(seconds):
+    def _wait(self, seconds: float) -> bool:
+        """Read what there is, or what comes within ``seconds``; whether there was something."""
+        ready = self._selector.select(seconds)
+        for key, _ in ready:
             key.data()
+        return bool(ready)
 
     def _read_answer(self) -> None:
         if data := os.read(self._out.fileno(), READ_BYTES):

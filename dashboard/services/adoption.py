@@ -7,15 +7,13 @@ adopted says so in its name and in its job; it is neither approved nor deployed 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from django.utils import timezone
 
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepOutput
-from compression_worker.store import DIGEST, Store
+from compression_worker.store import Blob, Store
 from dashboard.lifecycle import ACTIVE_JOB_STATES, JobKind, JobState, Refused, Role, StepState
 from dashboard.models import Artifact, Checkpoint, Job, Step, User
 from dashboard.services.registry import artifact_publish, checkpoint_publish
@@ -86,8 +84,8 @@ def lost_in(store: Store) -> list[Lost]:
 
 def _inventory(store: Store) -> Inventory:
     inventory = Inventory()
-    for digest in _digests(store):
-        output = _output(store, digest)
+    for blob in store.blobs():
+        digest, output = blob.digest, _output(store, blob)
         manifest = output.blobs.get("manifest.json", "") if output else ""
         if output is None or not manifest:
             continue
@@ -101,22 +99,15 @@ def _inventory(store: Store) -> Inventory:
     return inventory
 
 
-def _digests(store: Store) -> Iterator[str]:
-    """Every blob of the store, in order."""
-    for path in sorted(Path(store.root, "sha256").glob("??/*")):
-        if DIGEST.fullmatch(path.name):
-            yield path.name
-
-
-def _output(store: Store, digest: str) -> StepOutput | None:
+def _output(store: Store, blob: Blob) -> StepOutput | None:
     """The step output that the blob is, or None for what is something else, or damaged."""
-    if store.size(digest) > DOCUMENT_BYTES:
+    if blob.size > DOCUMENT_BYTES:
         return None
-    with store.open(digest) as file:
+    with store.open(blob.digest) as file:
         if file.read(len(OUTPUT_START)) != OUTPUT_START:
             return None
     try:
-        return StepOutput.from_bytes(store.read_bytes(digest))
+        return StepOutput.from_bytes(store.read_bytes(blob.digest))
     except (CompressionError, ValueError, KeyError, TypeError):
         return None
 

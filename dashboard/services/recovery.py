@@ -24,7 +24,7 @@ from dashboard.services.attempts import other_states, step_apply, step_facts
 from dashboard.services.endings import job_apply, job_facts
 from dashboard.services.units import recorded, unit_of_work
 
-LOCK = 7_301_002
+LOCK = 7_301_003
 """The number of the advisory lock that only one recovery holds at a time."""
 NUMBERS_SKIPPED = range(100_000, 10_000_000)
 """Ids of rows that are gone may stand on open pages and in running workers: new rows get none of them. By chance, so

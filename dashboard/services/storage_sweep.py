@@ -19,6 +19,7 @@ from django.utils.translation import gettext as _
 from compression_worker.store import Blob, Store
 from dashboard.lifecycle import ACTIVE_JOB_STATES, Conflict, Refused, StepState, SweepKind, SweepState, sweep_next
 from dashboard.models import Environment, Step, Sweep, SweepBlob, User
+from dashboard.selectors.recovery import restored
 from dashboard.services.blobs import Documents
 from dashboard.services.storage_marks import (
     Marks,
@@ -57,6 +58,8 @@ def sweep_request(*, actor: User | None, sweep: Sweep, reason: str) -> Sweep:
     if actor is not None:
         actor = authorise(actor, "storage.sweep")
     reason = required(reason, _("Say why: the reason is kept in the history."))
+    if restored():
+        raise Refused(_("the database was restored from a backup: run 'manage.py recover --yes' first"))
     present = Sweep.objects.select_for_update().filter(pk=sweep.pk).first()
     if present is None or present.state != SweepState.PREVIEWED:
         raise Conflict(_("the store was looked through again in the meantime: look at the new preview"))
@@ -194,7 +197,7 @@ def _begin(sweep: Sweep, store: Store, marks: Marks) -> bool:
 
 def _still_holds(sweep: Sweep, marks: Marks, pinned: set[str]) -> bool:
     """Whether nothing came since ``marks`` were found that might need what they let go. If so: look again."""
-    if newest_rows() != marks.newest or not pinned <= marks.closures.keys():
+    if restored() or newest_rows() != marks.newest or not pinned <= marks.closures.keys():
         return False
     if (running_keys() - marks.running_keys) & sweep.condemned.keys():
         return False

@@ -35,12 +35,24 @@ from compression_worker.serving.switch import Switch
 from compression_worker.serving.variants import Resident, Variants
 from compression_worker.store import Store
 from dashboard.lifecycle import JobState, Refused, Role, StepState
-from dashboard.models import Approval, Artifact, Checkpoint, Deployment, Environment, Job, Recovery, ServerReport, Step
+from dashboard.models import (
+    Approval,
+    Artifact,
+    Checkpoint,
+    Deployment,
+    Environment,
+    Job,
+    Recovery,
+    ServerReport,
+    Step,
+    Sweep,
+)
 from dashboard.selectors.recovery import restored
 from dashboard.services.jobs import compression_create, job_retry
 from dashboard.services.registry import checkpoint_import
 from dashboard.services.releases import deployment_create, deployment_full_precision, rollback
 from dashboard.services.steps import step_claim, step_finish
+from dashboard.services.storage_sweep import sweep_request
 from deploy.postgres import OWNER, EmbeddedPostgres, binaries
 from tests.dashboard.world import approved, certificate, environment, person
 from tests.tiny import fine_tuned, make_tiny_pair, tiny_config, tiny_state, write_checkpoint
@@ -261,6 +273,8 @@ def live_out(run: Run) -> int:
 def check_after(run: Run, before: set[str], blobs: set[str], used: set[int]) -> str:
     """Recover three times; rows, store, workers and server are together again and nothing is lost."""
     assert restored()
+    with pytest.raises(Refused, match="was restored"):
+        sweep_request(actor=person(Role.ADMIN), sweep=Sweep(), reason="what has no row yet would go")
     untouched = rows()
     shown = recover()
     assert rows() == untouched, "without --yes nothing changes"

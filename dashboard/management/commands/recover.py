@@ -30,11 +30,12 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         if not 0 <= options["epoch"] < 2**62:
             raise CommandError("an epoch is a whole number from 1 on: look at what the servers report")
-        for line in recover(
-            store=open_store(settings.ARTIFACT_ROOT, settings.ARTIFACT_CACHE),
-            epoch=options["epoch"],
-            act=options["yes"],
-        ):
+        store = open_store(settings.ARTIFACT_ROOT, settings.ARTIFACT_CACHE)
+        try:
+            lines = recover(store=store, epoch=options["epoch"], act=options["yes"])
+        except OSError as error:
+            raise CommandError(f"the store cannot be read: {error}; put that right and run this again") from error
+        for line in lines:
             self.stdout.write(line)
         if not options["yes"]:
             self.stdout.write("Nothing was changed. To do it: manage.py recover --yes")

@@ -1,7 +1,8 @@
 """A real child process that speaks the step protocol and does what a step's params say: for tests of the parent.
 
-``params["act"]`` is one of done, plan, fail, error, die, disk, sleep, chatter. Every start of a step is written to the file
-``params["starts"]``, so that a test can count them. Run: ``python scripted_child.py``.
+``params["act"]`` is one of done, plan, fail, error, die, disk, sleep, stubborn, stopped, family, orphan, chatter. Every
+start of a step is written to the file ``params["starts"]``, so that a test can count them. Run: ``python
+scripted_child.py``.
 """
 
 from __future__ import annotations
@@ -47,10 +48,31 @@ def act(spec: dict[str, Any], cached: str) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGKILL)
         case "sleep":
             time.sleep(params["seconds"])
+        case "stubborn":
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            time.sleep(params["seconds"])
+        case "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "family":
+            grandchildren(2)
+            time.sleep(params["seconds"])
+        case "orphan":
+            grandchildren(1)
+            os.kill(os.getpid(), signal.SIGKILL)
         case "chatter":
             for number in range(params["lines"]):
                 say({"type": "log", "level": "info", "text": f"line {number}"})
     return result(spec)
+
+
+def grandchildren(count: int) -> None:
+    """Processes that outlive their parent and hold its pipes open."""
+    for _ in range(count):
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+            os._exit(0)
 
 
 def main() -> None:
