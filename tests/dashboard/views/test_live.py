@@ -40,7 +40,11 @@ def test_htmx_gets_the_region_alone_and_304_when_nothing_changed(
     assert html.lstrip().startswith(f'<div id="{region}"')
     assert "<html" not in html
     assert "HX-Request" in first.headers["Vary"]
-    again = client.get(address, headers={**HTMX, "If-None-Match": first.headers["ETag"]})
+    for _ in range(3):  # each 10 s the elapsed time is news: two requests may lie on two sides of that
+        again = client.get(address, headers={**HTMX, "If-None-Match": first.headers["ETag"]})
+        if again.status_code == 304:
+            break
+        first = again
     assert again.status_code == 304
     assert again.content == b""
 
