@@ -225,8 +225,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     if not checkpoint.manifest["tokenizer_sha256"]:
         raise CompressionError("missing_tokenizer", "the checkpoint was imported without tokenizer files: add them")
+    folder = checkpoint.folder  # outside: a disk that is full is no fault of the tokenizer's
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the Rust library raises plain Exception for a file that it cannot read
         raise CompressionError("unreadable_tokenizer", f"transformers cannot load it: {_one_line(error)}") from error
 
