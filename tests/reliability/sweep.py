@@ -102,7 +102,7 @@ def run_all(world: Any, faults: Iterator[str], at_once: int, keep: bool) -> Iter
     """Runs for ``faults``, several at a time; yields each with its result as it ends."""
     from tests.reliability.forking import Forked
 
-    waiting, running = list(faults), []
+    waiting, running, again = list(faults), [], set[str]()
     while waiting or running:
         while waiting and len(running) < at_once:
             fault = waiting.pop(0)
@@ -112,7 +112,13 @@ def run_all(world: Any, faults: Iterator[str], at_once: int, keep: bool) -> Iter
             running.append((fault, answer, Forked(work, log=world.folder / f"{run.database}.director.log")))
         for one in [one for one in running if one[2].poll() is not None]:
             running.remove(one)
-            yield one[0], json.loads(one[1].read_text()) if one[1].exists() else _broken(one[0], world.folder)
+            result = json.loads(one[1].read_text()) if one[1].exists() else _broken(one[0], world.folder)
+            if result["redone"] > 1 and not result["problems"] and one[0] not in again:
+                # On a machine that others use, too, a lease of two seconds may run out by itself: once more.
+                again.add(one[0])
+                waiting.append(one[0])
+                continue
+            yield one[0], result
         time.sleep(LOOK_SECONDS)
 
 

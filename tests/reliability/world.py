@@ -1,7 +1,7 @@
 """A tiny world: a real Postgres, a real store, a pair of tiny models, and the product's processes, forked.
 
-One template database and one template store are made at the start; each run gets copies of its own. Leases last a
-second, so that what a fleet recovers from in minutes is seen here in seconds.
+One template database and one template store are made at the start; each run gets copies of its own. Leases last two
+seconds, so that what a fleet recovers from in minutes is seen here in seconds.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from deploy.postgres import EmbeddedPostgres
 from tests.reliability.forking import Forked, forked_launcher
 from tests.reliability.settings import DATABASE, OWNER_PASSWORD
 
-LEASE_SECONDS = 1.0
-STOP_SECONDS = 1.7
+LEASE_SECONDS = 2.0
+STOP_SECONDS = 3.0
 """How long the fault ``stop`` lasts: longer than a lease."""
 TEXT = "\n".join(
     f"The quick brown fox number {n} jumps over the lazy dog while a small model watches." for n in range(9)
