@@ -35,8 +35,8 @@ IMPORT_ROOTS = env.dict("IMPORT_ROOTS", default={})
 """Folders that an import may read, by name: ``IMPORT_ROOTS=models=/srv/models,demo=/srv/demo``."""
 LEASE_SECONDS = env.int("LEASE_SECONDS", default=60)
 HEARTBEAT_SECONDS = env.int("HEARTBEAT_SECONDS", default=15)
-IDLE_LOOK_SECONDS = env.float("IDLE_LOOK_SECONDS", default=15)
-"""A worker that hears of no work looks for some by itself this often."""
+IDLE_LOOK_SECONDS = env.float("IDLE_LOOK_SECONDS", default=10)
+"""A worker that hears of no work looks for some by itself this often: so long after its lease a lost step runs."""
 RETRY_SECONDS = env.int("RETRY_SECONDS", default=5)
 """The pause before a step that broke is tried again, times how often it broke."""
 PROGRESS_LIMIT_SECONDS = env.int("PROGRESS_LIMIT_SECONDS", default=900)

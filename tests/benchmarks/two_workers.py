@@ -245,10 +245,10 @@ def cpu_seconds(pid: int) -> float:
 
 def children(pid: int) -> list[int]:
     found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found += [int(child), *children(int(child))]
-    return found
+    with contextlib.suppress(OSError):  # it ended while it was looked at
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found + [below for child in found for below in children(child)]
 
 
 if __name__ == "__main__":
