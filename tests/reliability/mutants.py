@@ -71,7 +71,7 @@ MUTANTS = (
     Mutant(
         "renamed before it is on the disk",
         "compression_worker/store.py",
-        "                if self.durable:\n                    os.fsync(file.fileno())\n",
+        "                    if self.durable:\n                        os.fsync(file.fileno())\n",
         "",
         "tests/compression_worker/test_store.py::"
         "test_a_blob_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_counts",
