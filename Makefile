@@ -48,7 +48,7 @@ bench: setup ## Run the benchmarks: extraction, memory, size, rollback under loa
 	$(BIN)/python tests/benchmarks/rollback.py --rounds 50 --clients 4
 	$(BIN)/python tests/benchmarks/rollback_over_http.py --rounds 50 --clients 4
 
-sweep: setup ## Inject each fault at each failpoint, one a run, over the whole loop (74 places x 5 actions: half an hour)
+sweep: setup ## Inject each fault at each failpoint, one a run, over the whole loop (73 places x 5 actions: half an hour)
 	$(BIN)/python -m tests.reliability.sweep
 
 soak: setup brokers ## Let a seeded storm of faults loose on a fleet: make soak SEEDS=1,2,3 FAULTS=600 JOBS=200 (10 minutes)
