@@ -43,10 +43,12 @@ format: setup ## Format the code and apply the safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup ## Run the benchmarks: extraction, memory, size, rollback under load (a quarter of an hour)
+bench: setup ## Run the benchmarks: extraction, memory, size, rollback under load, two workers, claims (half an hour)
 	$(BIN)/python -m tests.benchmarks.bench_bitdelta
 	$(BIN)/python tests/benchmarks/rollback.py --rounds 50 --clients 4
 	$(BIN)/python tests/benchmarks/rollback_over_http.py --rounds 50 --clients 4
+	$(BIN)/python -m tests.benchmarks.two_workers
+	$(BIN)/python -m tests.benchmarks.claim_at_scale
 
 sweep: setup ## Inject each fault at each failpoint, one a run, over the whole loop (73 places x 5 actions: half an hour)
 	$(BIN)/python -m tests.reliability.sweep
