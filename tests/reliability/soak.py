@@ -151,7 +151,7 @@ def soak(world: Any, seed: int, faults: int, jobs: int, broker_name: str) -> dic
         nemesis = Nemesis(fleet, history, random.Random(f"nemesis {seed}"), protected)
         driver = Forked(people, log=run.folder / "people.log")
         storm = time.monotonic()
-        while driver.poll() is None:
+        while driver.poll() is None or nemesis.count < faults:
             fleet.look()
             count = nemesis.count
             nemesis.look(count < faults and count / faults <= submitted.value + 0.1)
