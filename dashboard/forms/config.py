@@ -13,6 +13,7 @@ from django.utils.translation import gettext_lazy as _
 
 from compression_worker.contracts import CompressionError
 from dashboard.selectors.outcomes import config_label
+from dashboard.selectors.queues import default_queue, offered_queues
 
 LONG_TEXT = frozenset({"prompts"})
 
@@ -41,6 +42,25 @@ def _field(one: Field[Any]) -> forms.Field:
             return forms.FloatField(widget=forms.NumberInput(attrs={"step": "any"}), **common)
     widget = forms.Textarea(attrs={"rows": 4}) if one.name in LONG_TEXT else forms.TextInput()
     return forms.CharField(widget=widget, **common)
+
+
+class ConfigForm(forms.Form):
+    """A form that holds the fields of a config dataclass, and a queue where there is a choice of one."""
+
+    config_names: set[str]
+
+    def add_queue(self) -> None:
+        queues = offered_queues()
+        if len(queues) > 1:
+            self.fields["queue"] = queue_field(queues, default_queue())
+
+    @property
+    def config_values(self) -> dict[str, Any]:
+        return {name: self.cleaned_data[name] for name in self.fields if name in self.config_names}
+
+    @property
+    def queue(self) -> str:
+        return self.cleaned_data.get("queue") or default_queue()
 
 
 def queue_field(queues: list[str], chosen: str) -> forms.ChoiceField:

@@ -12,13 +12,12 @@ from django.utils.translation import gettext_lazy
 
 from compression_worker.evaluation.config import EvaluationConfig
 from dashboard.formats import byte_words
-from dashboard.forms.config import check_config, config_fields, queue_field
+from dashboard.forms.config import ConfigForm, check_config, config_fields
 from dashboard.lifecycle import ArtifactState
 from dashboard.models import Artifact, Checkpoint, Job, SampleSet
 from dashboard.models.evaluations import SampleKind
 from dashboard.selectors.evaluations import sample_set_choices
 from dashboard.selectors.preflight import Preflight, evaluation_inputs, evaluation_preflight
-from dashboard.selectors.queues import default_queue, offered_queues
 
 
 class SampleSetForm(forms.Form):
@@ -65,7 +64,7 @@ class TargetField(forms.ChoiceField):
         return Checkpoint.objects.get(pk=number), None
 
 
-class EvaluationForm(forms.Form):
+class EvaluationForm(ConfigForm):
     target = TargetField(
         label=gettext_lazy("Evaluate"),
         help_text=gettext_lazy("An artifact is measured beside its variant and its base, on the same samples."),
@@ -90,9 +89,7 @@ class EvaluationForm(forms.Form):
         made = config_fields(EvaluationConfig)
         self.config_names = set(made)
         self.fields.update(made)
-        queues = offered_queues()
-        if len(queues) > 1:
-            self.fields["queue"] = queue_field(queues, default_queue())
+        self.add_queue()
         self.fields["target"].choices = _targets()  # type: ignore[attr-defined]
         self.fields["text_set"].queryset = sample_set_choices(SampleKind.TEXT)  # type: ignore[attr-defined]
         self.fields["choice_set"].queryset = sample_set_choices(SampleKind.CHOICE)  # type: ignore[attr-defined]
@@ -103,14 +100,6 @@ class EvaluationForm(forms.Form):
         if not values.get("text_set") and not values.get("choice_set") and not self.errors:
             self.add_error("text_set", _("Choose a text set, a multiple-choice set, or both."))
         return values
-
-    @property
-    def config_values(self) -> dict[str, Any]:
-        return {name: self.cleaned_data[name] for name in self.fields if name in self.config_names}
-
-    @property
-    def queue(self) -> str:
-        return self.cleaned_data.get("queue") or default_queue()
 
     def preflight(self) -> Preflight | None:
         """What the measurement would need as the form stands; None while target or settings are not sound."""

@@ -8,16 +8,15 @@ from django import forms
 from django.utils.translation import gettext_lazy as _
 
 from compression_worker.catalog import METHODS
-from dashboard.forms.config import check_config, config_fields, queue_field
+from dashboard.forms.config import ConfigForm, check_config, config_fields
 from dashboard.lifecycle import JobKind, JobState
 from dashboard.models import Checkpoint, Job, Priority, SampleSet
 from dashboard.selectors.evaluations import sample_set_choices
 from dashboard.selectors.jobs import STATE_FILTERS
 from dashboard.selectors.preflight import Preflight, compression_inputs, compression_preflight
-from dashboard.selectors.queues import default_queue, offered_queues
 
 
-class MethodForm(forms.Form):
+class MethodForm(ConfigForm):
     """What to compress, the method's own settings, and the seed."""
 
     variant = forms.ModelChoiceField(
@@ -51,9 +50,7 @@ class MethodForm(forms.Form):
         self.config_names = set(made)
         tail = {name: self.fields.pop(name) for name in ("seed", "priority")}
         self.fields.update(made | tail)
-        queues = offered_queues()
-        if len(queues) > 1:
-            self.fields["queue"] = queue_field(queues, default_queue())
+        self.add_queue()
         present = self.initial.get("priority")
         if present not in (None, *Priority.values):
             self.fields["priority"].choices = [*Priority.choices, (present, f"{present}")]  # type: ignore[attr-defined]
@@ -69,14 +66,6 @@ class MethodForm(forms.Form):
                 "calibration", _("Distillation reads text: choose a set, or set the distillation steps to 0.")
             )
         return values
-
-    @property
-    def config_values(self) -> dict[str, Any]:
-        return {name: self.cleaned_data[name] for name in self.fields if name in self.config_names}
-
-    @property
-    def queue(self) -> str:
-        return self.cleaned_data.get("queue") or default_queue()
 
     def preflight(self) -> Preflight | None:
         """What the job would need as the form stands; None while variant or settings are not sound."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from django.conf import settings
-from django.db import connection
+from django.db import InterfaceError, OperationalError, connection, transaction
 from django.db.models import QuerySet
 from django.utils import timezone
 
@@ -29,6 +31,8 @@ from dashboard.services.steps import ready_step
 from dashboard.services.units import recorded, unit_of_work
 from dashboard.services.wakes import wake_on_commit
 
+log = logging.getLogger(__name__)
+
 LOCK = 7_301_001
 """The number of the advisory lock that only one reconciler holds at a time."""
 WORKER_FORGOTTEN = timedelta(hours=24)
@@ -44,15 +48,23 @@ def reconcile() -> bool:
         return False
     failpoint("reconcile.locked")
     with recorded(actor=None, reason="reconciled"):
-        _return_leases()
+        for part in (_return_leases, _end_cancelled, _resume_blocked, approvals_expire, rehearsals_renew, _forget):
+            _apart(part)
         failpoint("reconcile.returned")
-        _resume_blocked()
-        approvals_expire()
-        rehearsals_renew()
-        Worker.objects.filter(seen_at__lt=timezone.now() - WORKER_FORGOTTEN).delete()
-    deployments_observe()
+    _apart(deployments_observe)
     _wake_queues()
     return True
+
+
+def _apart(part: Callable[[], object], what: str = "") -> None:
+    """Do one part on its own: what is wrong with it is logged, and holds up nothing else. A lost database does."""
+    try:
+        with transaction.atomic():
+            part()
+    except (OperationalError, InterfaceError):
+        raise
+    except Exception:
+        log.exception("reconciling: %s failed; the rest goes on", what or part.__name__.strip("_"))
 
 
 def _lock() -> bool:
@@ -63,13 +75,24 @@ def _lock() -> bool:
 
 
 def _return_leases() -> None:
-    """Also of jobs that somebody cancelled while their worker was gone: those are never claimed again."""
     lapsed = Step.objects.filter(state=StepState.RUNNING).extra(where=["lease_until < clock_timestamp()"])
     for job in _locked_jobs(lapsed.values_list("job_id", flat=True)):
-        if leases_return(job):
-            log_line(job=job, level="warning", text="a worker was lost: its step goes back into the queue")
+        _apart(partial(_return_leases_of, job), f"job {job.pk}")
+
+
+def _return_leases_of(job: Job) -> None:
+    if leases_return(job):
+        log_line(job=job, level="warning", text="a worker was lost: its step goes back into the queue")
+
+
+def _end_cancelled() -> None:
+    """Jobs that somebody cancelled while their worker was gone: those are never claimed again."""
     for job in _locked_jobs(Job.objects.filter(state=JobState.RUNNING).exclude(cancel_requested="").values("pk")):
-        job_settle(job)
+        _apart(partial(job_settle, job), f"job {job.pk}")
+
+
+def _forget() -> None:
+    Worker.objects.filter(seen_at__lt=timezone.now() - WORKER_FORGOTTEN).delete()
 
 
 def _locked_jobs(ids: Iterable[int] | QuerySet[Any, Any]) -> list[Job]:

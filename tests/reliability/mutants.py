@@ -86,8 +86,8 @@ MUTANTS = (
     Mutant(
         "no reconciler",
         "dashboard/services/reconciling.py",
-        "        _return_leases()\n",
-        "",
+        "for part in (_return_leases, _end_cancelled,",
+        "for part in (_end_cancelled,",
         "tests/dashboard/services/test_reconciling.py::test_a_lapsed_lease_goes_back_and_wakes_somebody",
     ),
     Mutant(

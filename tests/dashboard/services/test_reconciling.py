@@ -10,12 +10,14 @@ from django.db import connection, transaction
 from django.utils import timezone
 from pytest_django.fixtures import Settings
 
+from compression_worker.launcher import Outcome
+from compression_worker.store import Store
 from dashboard.execution import Execution
 from dashboard.lifecycle import JobState
-from dashboard.models import Job, Worker
+from dashboard.models import Job, Step, Worker
 from dashboard.services import reconciling
 from dashboard.services.reconciling import LOCK, reconcile, worker_gone, worker_seen
-from dashboard.services.steps import step_claim
+from dashboard.services.steps import step_claim, step_finish
 from dashboard.services.wakes import wake
 from deploy.processes import free_port
 from tests.dashboard.services.jobs_at_work import ordered, step
@@ -128,3 +130,46 @@ def test_a_blocked_job_with_another_step_running_goes_on_as_running(settings: Se
     assert Job.objects.get(pk=job.pk).state == JobState.BLOCKED
     reconcile()
     assert Job.objects.get(pk=job.pk).state == JobState.RUNNING
+
+
+def test_a_job_that_cannot_be_put_right_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    claims = []
+    for _ in range(2):
+        ordered()
+        claim = step_claim(worker="gone", queues=["cpu"])
+        assert claim is not None
+        claims.append(claim)
+    for claim in claims:
+        lapse(claim)
+    broken, sound = claims
+    returned = reconciling.leases_return
+
+    def one_breaks(job: Job) -> int:
+        if job.pk == broken.job_id:
+            raise ValueError("a row that nobody expected")
+        return returned(job)
+
+    monkeypatch.setattr(reconciling, "leases_return", one_breaks)
+    assert reconcile() is True
+    assert Step.objects.get(pk=sound.step_id).state == "waiting"
+    assert Step.objects.get(pk=broken.step_id).state == "running"
+    assert f"job {broken.job_id} failed" in caplog.text
+
+
+def test_a_store_that_is_away_holds_up_no_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked, lost = ordered(), ordered()
+    first, second = (step_claim(worker="gone", queues=["cpu"]) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    step_finish(claim=first, outcome=Outcome(kind="blocked", code="disk", message="no space left"))
+    lapse(second)
+
+    def away(self: Store) -> int:
+        raise OSError("the store is away")
+
+    monkeypatch.setattr(Store, "free_bytes", away)
+    assert reconcile() is True
+    assert Step.objects.get(pk=second.step_id).state == "waiting"
+    assert [Job.objects.get(pk=job.pk).state for job in (blocked, lost)] == ["blocked", "running"]
