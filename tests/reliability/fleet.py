@@ -18,6 +18,7 @@ from tests.reliability.forking import Forked
 from tests.reliability.world import Living, Run
 
 LEASE_SECONDS = 2.0
+PASSWORD = "secret-of-a-broker-for-tests"
 
 
 class Broker:
@@ -39,6 +40,10 @@ class Broker:
 
     def flush(self) -> None:
         raise NotImplementedError
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        processes.signal_group(self.process, number)
 
     def kill(self) -> None:
         if self.process is not None:
@@ -62,29 +67,36 @@ class Broker:
 
 
 class Redis(Broker):
-    """Debian's redis-server where there is one, else the Valkey that the product carries; nothing is kept on disk."""
+    """Debian's redis-server where there is one, else the Valkey that the product carries. Nothing survives its end."""
 
     name = "redis"
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._carried = EmbeddedBroker(folder / "carried", password=PASSWORD, port=self.port)
+
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return self._carried.url()
 
     def start(self) -> None:
+        log = self.folder / "redis.log"
+        self.process = processes.start(self._command(), log=log)
+        processes.wait_for(self._carried.ready, self.process, what="broker", log=log, seconds=20)
+
+    def _command(self) -> list[str]:
         program = shutil.which("redis-server")
         if program is None:
-            self.process = processes.start(self._carried().command(), log=self.folder / "redis.log")
-        else:
-            options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-            command = processes.tied([program, *options, "--dir", str(self.folder)])
-            self.process = processes.start(command, log=self.folder / "redis.log")
-        self.wait_open(20)
+            return self._carried.command()
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--requirepass", PASSWORD, "--save", ""]
+        return processes.tied([program, *options, "--dir", str(self.folder)])
 
-    def _carried(self) -> EmbeddedBroker:
-        return EmbeddedBroker(self.folder, password="", port=self.port)
+    def kill(self) -> None:
+        super().kill()
+        shutil.rmtree(self.folder / "carried", ignore_errors=True)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=2) as wire:
-            wire.sendall(b"FLUSHALL\r\n")
+            wire.sendall(f"AUTH {PASSWORD}\r\nFLUSHALL\r\n".encode())
             wire.recv(16)
 
 

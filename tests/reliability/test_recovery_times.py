@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -28,10 +27,9 @@ from pytest_django.fixtures import Settings
 from dashboard.lifecycle import CancelRequest, JobState, Refused, Role
 from dashboard.models import Attempt, Job, Step, Worker
 from dashboard.services.jobs import job_cancel
-from deploy import processes
-from deploy.broker import EmbeddedBroker
 from tests.dashboard.services.jobs_at_work import CHILD, ordered, step
 from tests.dashboard.world import pair, person
+from tests.reliability.fleet import Redis
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -47,45 +45,6 @@ def until(condition: Callable[[], object], what: str, seconds: float = 30.0) -> 
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"
         time.sleep(0.02)
-
-
-@dataclass
-class Broker:
-    """Debian's redis-server where there is one, else the Valkey that the product carries. Nothing survives its end."""
-
-    folder: Path
-    port: int = field(default_factory=processes.free_port)
-    process: subprocess.Popen[bytes] | None = None
-
-    def __post_init__(self) -> None:
-        self._carried = EmbeddedBroker(self.folder / "broker", password="secret", port=self.port)
-
-    @property
-    def url(self) -> str:
-        return self._carried.url()
-
-    def start(self) -> None:
-        log = self.folder / "broker.log"
-        self.process = processes.start(self._command(), log=log)
-        processes.wait_for(self._carried.ready, self.process, what="broker", log=log, seconds=20)
-
-    def _command(self) -> list[str]:
-        program = shutil.which("redis-server")
-        if program is None:
-            return self._carried.command()
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--requirepass", "secret", "--save", ""]
-        return processes.tied([program, *options, "--dir", str(self.folder)])
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        processes.signal_group(self.process, number)
-
-    def lose(self) -> None:
-        """Killed, with every message that it held."""
-        self.signal(signal.SIGKILL)
-        assert self.process is not None
-        self.process.wait()
-        shutil.rmtree(self.folder / "broker", ignore_errors=True)
 
 
 @dataclass
@@ -154,22 +113,22 @@ def scripts() -> set[int]:
 
 
 @pytest.fixture
-def broker(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
-    present = Broker(tmp_path)
+def broker(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
+    present = Redis(tmp_path / "broker")
     present.start()
-    settings.CELERY_BROKER_URL = present.url
-    monkeypatch.setenv("CELERY_BROKER_WRITE_URL", present.url)
+    settings.CELERY_BROKER_URL = present.url()
+    monkeypatch.setenv("CELERY_BROKER_WRITE_URL", present.url())
     yield present
-    present.lose()
+    present.kill()
 
 
 @pytest.fixture
-def fleet(broker: Broker, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Fleet]:
+def fleet(broker: Redis, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Fleet]:
     database = connection.settings_dict
     address = f"{database['HOST']}:{database['PORT']}/{database['NAME']}"
     environment = os.environ | {
         "DATABASE_URL": f"postgres://{database['USER']}:{database['PASSWORD']}@{address}",
-        "CELERY_BROKER_URL": broker.url,
+        "CELERY_BROKER_URL": broker.url(),
         "ARTIFACT_ROOT": str(tmp_path / "store"),
         "STEP_DEVICE": "cpu",
     }
@@ -227,7 +186,7 @@ def test_the_step_of_a_lost_worker_runs_again_within_75_seconds_at_the_true_leas
     assert took <= 75
 
 
-def test_fifty_queued_jobs_start_after_the_broker_lost_every_message(fleet: Fleet, broker: Broker) -> None:
+def test_fifty_queued_jobs_start_after_the_broker_lost_every_message(fleet: Fleet, broker: Redis) -> None:
     fleet.start(2)
     fleet.wait_idle(2)
     pair(), person(Role.ENGINEER)
@@ -244,13 +203,13 @@ def test_fifty_queued_jobs_start_after_the_broker_lost_every_message(fleet: Flee
         return made
 
     queued = submit(20)
-    broker.lose()  # with 20 messages
+    broker.kill()  # with 20 messages
     queued += submit(25)
     broker.start()
     broker.signal(signal.SIGSTOP)  # connects, and never answers
     queued += submit(5)
     broker.signal(signal.SIGCONT)
-    broker.lose()
+    broker.kill()
     broker.start()
     back = timezone.now()
     for job in busy:
