@@ -38,6 +38,12 @@ CACHE_RESERVE_BYTES = 4 << 30
 CACHE_REST_SECONDS = 3600.0
 EXISTS = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "412", "409"})
 FULL = frozenset({"QuotaExceeded", "InsufficientStorage", "InsufficientCapacity", "XMinioStorageFull", "507"})
+WHO = {
+    "endpoint_url": "AWS_ENDPOINT_URL",
+    "key": "AWS_ACCESS_KEY_ID",
+    "secret": "AWS_SECRET_ACCESS_KEY",
+    "token": "AWS_SESSION_TOKEN",
+}
 
 
 class BucketStore(Store):
@@ -56,7 +62,10 @@ class BucketStore(Store):
         """A client of this process: connections do not survive a fork."""
         if self._client[0] != os.getpid():
             config = {"retries": {"max_attempts": 0}, "connect_timeout": 5, "read_timeout": 60}
-            fs = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config)
+            # Said aloud, though the environment says it too: fsspec gives one client for equal arguments, and another
+            # server or other keys must not meet the client of the former.
+            given = {name: os.environ.get(variable) for name, variable in WHO.items()}
+            fs = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=config, **given)
             fs.retries = 1  # we count the tries ourselves
             self._client = (os.getpid(), fs)
         return self._client[1]

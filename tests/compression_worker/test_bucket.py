@@ -363,3 +363,15 @@ def test_a_server_that_stays_away_is_said_after_a_bounded_number_of_tries(
     finally:
         server.start()
     store.verify(digest)
+
+
+def test_another_server_never_meets_the_client_of_the_former(
+    store: BucketStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = another(store, tmp_path)._fs
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    elsewhere = another(store, tmp_path)._fs
+    assert elsewhere is not present
+    assert elsewhere.client_kwargs.get("endpoint_url", elsewhere.endpoint_url) == "http://127.0.0.1:9"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another-key")
+    assert another(store, tmp_path)._fs.key == "another-key"
