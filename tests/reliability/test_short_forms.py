@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 
 from compression_worker.faults import POINTS
-from tests.reliability.mutants import MUTANTS
+from tests.reliability.mutants import MUTANTS, OF_A_TEST_RUN
 
 ROOT = Path(__file__).resolve().parents[2]
-OWN = ("DATABASE_URL", "CELERY_BROKER_URL", "ARTIFACT_ROOT", "IMPORT_ROOTS", "SECRET_KEY", "TRITON_INTERPRET")
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 
 
 def last_line(module: str, *arguments: str, seconds: float) -> str:
     """Run a module of this folder in an environment of its own; it has to end well."""
-    environment = {name: value for name, value in os.environ.items() if name not in OWN}
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_TEST_RUN}
     command = [sys.executable, "-m", f"tests.reliability.{module}", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False

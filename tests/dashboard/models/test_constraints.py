@@ -13,7 +13,7 @@ from django.utils import timezone
 from dashboard.lifecycle import Role
 from dashboard.models import Approval, Deployment, Environment, Job, Step
 from dashboard.services.approvals import policy_create
-from dashboard.services.releases import deployment_create, rollback
+from dashboard.services.releases import deployment_create, deployment_full_precision, rollback
 from tests.dashboard.world import RULES, approved, artifact, digest, environment, evaluation, pair, person, requested
 
 pytestmark = pytest.mark.django_db
@@ -205,6 +205,14 @@ def test_base_variant_and_artifact_of_a_deployment_cannot_be_deleted() -> None:
     ):
         with pytest.raises(IntegrityError):
             sql(f"SET CONSTRAINTS ALL IMMEDIATE; DELETE FROM dashboard_{table} WHERE id = {row}")
+
+
+def test_the_way_back_of_a_deployment_is_pinned_by_the_deployment_alone() -> None:
+    _, variant = pair()
+    ops = person(Role.OPS)
+    deployment_full_precision(actor=ops, environment=environment(), variant=variant, reason="first", seen_generation=0)
+    delete = f"SET CONSTRAINTS ALL IMMEDIATE; DELETE FROM dashboard_checkpoint WHERE id = {variant.pk}"
+    refused(delete, match="dashboard_deployment")
 
 
 def test_history_is_only_added_to() -> None:
