@@ -51,6 +51,9 @@ METHODS: dict[str, Method] = {
 STEPS: dict[str, str] = {
     "checkpoint.import": "compression_worker.checkpoints:import_step",
     "bitdelta.plan": "compression_worker.methods.bitdelta.compress:plan_step",
+    "bitdelta.sense": "compression_worker.methods.bitdelta.compress:sense_step",
+    "bitdelta.measure": "compression_worker.methods.bitdelta.compress:measure_step",
+    "bitdelta.choose": "compression_worker.methods.bitdelta.compress:choose_step",
     "bitdelta.layer": "compression_worker.methods.bitdelta.compress:layer_step",
     "bitdelta.rest": "compression_worker.methods.bitdelta.compress:rest_step",
     "bitdelta.distill": "compression_worker.methods.bitdelta.compress:distill_step",
@@ -77,6 +80,9 @@ class Need:
 
 NEEDS: dict[str, Need] = {
     "checkpoint.import": Need(work="compression_worker.preflight:source_work"),
+    "bitdelta.sense": Need(device=True, work="compression_worker.methods.bitdelta.estimate:sense_work"),
+    "bitdelta.measure": Need(work="compression_worker.methods.bitdelta.estimate:measure_work"),
+    "bitdelta.choose": Need(device=True, work="compression_worker.methods.bitdelta.estimate:choose_work"),
     "bitdelta.layer": Need(work="compression_worker.methods.bitdelta.estimate:layer_work"),
     "bitdelta.rest": Need(work="compression_worker.methods.bitdelta.estimate:rest_work"),
     "bitdelta.distill": Need(device=True, work="compression_worker.methods.bitdelta.estimate:distill_work"),

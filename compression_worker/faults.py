@@ -43,7 +43,7 @@ POINTS: Final[dict[str, str]] = {
     "import.hashed": "a file of an import is in the store",
     "import.manifest": "the manifest of an import is about to be stored",
     "bitdelta.matrix": "a matrix is packed, not yet written",
-    "bitdelta.rest": "the tensors that are kept as they are, are about to be written",
+    "delta.rest": "the tensors that are kept as they are, are about to be written",
     "artifact.scales": "the scales of an artifact are stored, its files not yet hashed",
     "artifact.manifest": "the manifest of an artifact is about to be stored",
     "evaluation.target": "a target was measured",

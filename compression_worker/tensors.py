@@ -31,6 +31,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "F32": torch.float32,
     "I32": torch.int32,
+    "U8": torch.uint8,
+    "I8": torch.int8,
 }
 ITEM_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 

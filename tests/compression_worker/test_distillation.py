@@ -13,13 +13,19 @@ import torch
 from compression_worker.architecture import describe, parsed
 from compression_worker.contracts import CompressionError
 from compression_worker.distillation import Adam, Batch, Windows, distill, logit_loss, padded, scheduled
-from compression_worker.methods.bitdelta.student import SignedLinear, Student
+from compression_worker.methods.bitdelta.coding import Coding
+from compression_worker.methods.bitdelta.student import Matrix, SignedLinear, Student
 from tests.tiny import tiny_config
 
 
 def make_student(*, true_scale: float = 0.02) -> tuple[Student, list[str]]:
     model, names, pairs = make_model(true_scale=true_scale)
-    return Student(model, names, pairs), names
+    return student_of(model, names, pairs), names
+
+
+def student_of(model: Any, names: list[str], pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Student:
+    matrices = {name: Matrix(pairs[name][0], pairs[name][1][None], Coding()) for name in names}
+    return Student(model, matrices, [1] * len(names), {})
 
 
 def make_model(
@@ -67,7 +73,7 @@ def test_gradients_agree_with_finite_differences() -> None:
 
 def test_the_gradient_of_every_scale_of_a_model_agrees_with_a_dense_model_in_double() -> None:
     dense, names, pairs = make_model(dtype=torch.float64)
-    student = Student(copy.deepcopy(dense), names, pairs)
+    student = student_of(copy.deepcopy(dense), names, pairs)
     scales = torch.full((len(names),), 0.03, dtype=torch.float64, requires_grad=True)
     batch = padded([[5, 6, 7, 8, 9], [1, 2, 3]])
     weights = {name: pairs[name][0] + scale * pairs[name][1] for name, scale in zip(names, scales, strict=True)}

@@ -132,7 +132,9 @@ def test_every_declared_need_is_of_a_kind_of_step_and_its_work_can_be_loaded() -
     assert catalog.NEEDS.keys() <= catalog.STEPS.keys()
     assert all(callable(catalog.load(need.work)) for need in catalog.NEEDS.values() if need.work)
     assert {kind for kind, need in catalog.NEEDS.items() if need.device} == {
+        "bitdelta.choose",
         "bitdelta.distill",
+        "bitdelta.sense",
         "evaluation.target",
         "release.rehearse",
     }

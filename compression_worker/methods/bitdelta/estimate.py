@@ -20,7 +20,12 @@ HIDDEN_KEPT, INNER_KEPT, LOGITS_KEPT = 12, 5, 5
 """Float32 vectors that the backward pass keeps for a token: of the hidden and the inner width in each layer, and of the
 vocabulary once (teacher, student, their difference, its gradient and a copy)."""
 STATE_VECTORS = 3
+SENSED_WINDOWS, TRIALS = 16, 24
+"""Windows that :mod:`.choose` looks at, and models that a target divergence costs about."""
 STEP_DOCUMENT = 4_000
+FINE = 2
+ROW_BYTES = {"sign": 1 / 8, "int4": 0.5, "int8": 1.0}
+"""Bytes of an element of embeddings and head that is coded by row, where every row changed."""
 SIGN_LINE, RAW_LINE, FILE_LINE, FIGURE_LINE, FIXED_LINES = 262, 240, 118, 112, 1_900
 """Bytes of a manifest for a coded matrix, another tensor, a file, a matrix's figures, and the rest of it."""
 LOSS_DIGITS = 10
@@ -78,6 +83,23 @@ def layer_work(params: Json, sizes: Mapping[str, float]) -> float:
     return float(sum(one["outputs"] * one["inputs"] for one in params["linears"]))
 
 
+def sense_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Tokens looked at, forward and backward, times the parameters that each passes."""
+    return float(SENSED_WINDOWS * params["sequence_length"] * sizes["parameters"])
+
+
+def measure_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Weights that every option is tried on."""
+    linears = float(sum(one["outputs"] * one["inputs"] for one in params["linears"]))
+    return linears or sizes["kept_bytes"]
+
+
+def choose_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Weights coded again for each model that is measured; none for a target ratio."""
+    measured = params["config"]["target_kl"] is not None
+    return sizes["parameters"] * (TRIALS if measured else 1)
+
+
 def rest_work(params: Json, sizes: Mapping[str, float]) -> float:
     """Bytes copied."""
     return sizes["kept_bytes"]
@@ -111,11 +133,12 @@ def _parts(model: Model, shapes: Shapes | None, config: BitDeltaConfig) -> tuple
         return tuple({"name": name, "bytes": size} for name, size in sizes.items())
     matrices = shapes.layers * len(shapes.block)
     width = model.width
+    codes, scales = _coded(shapes, config)
     sizes = {
-        "codes": shapes.layers * sum(4 * _words(one.inputs) * one.outputs for one in shapes.block),
-        "scales": FLOAT * matrices,
-        "embeddings": round(shapes.embeddings * width),
-        "head": round(shapes.head * width),
+        "codes": codes,
+        "scales": scales,
+        "embeddings": round(shapes.embeddings * ROW_BYTES.get(config.embeddings, width)),
+        "head": round(shapes.head * ROW_BYTES.get(config.embeddings, width)),
         "norms": round(shapes.norms * width),
         "other": round(shapes.other * width),
         "headers": HEADER_LINE * (matrices + shapes.tensors),
@@ -126,7 +149,25 @@ def _parts(model: Model, shapes: Shapes | None, config: BitDeltaConfig) -> tuple
         + FILE_LINE * shapes.layers
         + LOSS_DIGITS * config.distill_steps,
     }
+    if config.target_ratio:
+        by_row = {"embeddings", "head"}
+        sizes |= {name: sizes[name] // 16 for name in by_row}
+        rest = sum(size for name, size in sizes.items() if name != "codes")
+        sizes["codes"] = max(0, round(model.weight_bytes / config.target_ratio) - rest)
     return tuple({"name": name, "bytes": size} for name, size in sizes.items() if size)
+
+
+def _coded(shapes: Shapes, config: BitDeltaConfig) -> tuple[int, int]:
+    """Bytes of codes and of scales of all linears, by the settings; a target has bytes of its own to meet."""
+    codes = scales = 0
+    for one in shapes.block:
+        values = {"tensor": 1, "row": one.outputs, "column": one.inputs}.get(config.scale)
+        groups = one.outputs * -(-one.inputs // config.group_size)
+        plain = config.scale == "tensor" and config.masks == 1 and not config.residual_rank
+        codes += config.masks * 4 * _words(one.inputs) * one.outputs
+        codes += FINE * min(config.residual_rank, one.outputs, one.inputs) * (one.outputs + one.inputs)
+        scales += FLOAT if plain else FINE * config.masks * (groups if values is None else values)
+    return shapes.layers * codes, shapes.layers * scales
 
 
 def _chunks(config: BitDeltaConfig) -> int:
@@ -147,12 +188,55 @@ def _loads(
     linears = _linears(model, shapes)
     blocks = shapes.layers if shapes else 1
     yield StepLoad(kind="bitdelta.plan", count=1, units=1.0)
-    codes = PROCESS_BYTES + TILE_BUFFERS + linears // blocks // 4
+    if config.senses:
+        yield from _choosing(model, shapes, config, sizes)
+    codes = PROCESS_BYTES + TILE_BUFFERS + linears // blocks // 4 + _whole_matrices(shapes, config)
     yield StepLoad(kind="bitdelta.layer", count=blocks, units=float(linears), memory_bytes=codes, gpu_host_bytes=codes)
     yield StepLoad(kind="bitdelta.rest", count=1, units=sizes["kept_bytes"])
     if config.distill_steps:
         yield _distillation(model, shapes, config)
     yield StepLoad(kind="bitdelta.assemble", count=1, units=sizes["result_bytes"])
+
+
+def _whole_matrices(shapes: Shapes | None, config: BitDeltaConfig) -> int:
+    """Finer codings hold whole matrices in fp32: two in flight, each with its rest and a mask spread out."""
+    plain = config.scale == "tensor" and config.masks == 1 and not config.residual_rank
+    if shapes is None or (plain and not config.senses):
+        return 0
+    return 2 * 4 * FLOAT * max(one.elements for one in shapes.block)
+
+
+def _choosing(
+    model: Model, shapes: Shapes | None, config: BitDeltaConfig, sizes: Mapping[str, float]
+) -> Iterator[StepLoad]:
+    """What has to be known first: the variant with one backward pass, every option of every matrix, the choice."""
+    whole = FLOAT * model.parameters + _kept(shapes, replace(config, batch_size=2))
+    tokens = SENSED_WINDOWS * config.sequence_length
+    yield StepLoad(
+        kind="bitdelta.sense",
+        count=1,
+        units=float(tokens * model.parameters),
+        memory_bytes=PROCESS_BYTES + model.weight_bytes + whole,
+        gpu_bytes=whole,
+        gpu_host_bytes=PROCESS_BYTES + model.weight_bytes + FLOAT * model.parameters,
+    )
+    if not config.chooses:
+        return
+    blocks = shapes.layers if shapes else 1
+    matrices = PROCESS_BYTES + _whole_matrices(shapes, config)
+    units = _linears(model, shapes) + sizes["kept_bytes"]
+    yield StepLoad(kind="bitdelta.measure", count=blocks + 1, units=units, memory_bytes=matrices)
+    logits = 0
+    if config.target_kl is not None:
+        logits = FLOAT * (model.parameters + 3 * tokens * (shapes.vocabulary if shapes else 0))
+    yield StepLoad(
+        kind="bitdelta.choose",
+        count=1,
+        units=choose_work({"config": {"target_kl": config.target_kl}}, sizes),
+        memory_bytes=matrices + logits,
+        gpu_bytes=logits,
+        gpu_host_bytes=matrices + logits,
+    )
 
 
 def _distillation(model: Model, shapes: Shapes | None, config: BitDeltaConfig) -> StepLoad:

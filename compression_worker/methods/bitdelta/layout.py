@@ -1,13 +1,14 @@
 """How BitDelta lies on disk: which file holds which tensor, in which order, and what that weighs, from shapes alone.
 
 Codes of block ``i`` are in ``codes-<i>.safetensors``, one int32 tensor ``(ceil(K/32), N)`` per linear (see
-``kernels.packing``); all scales are one fp32 vector in ``scales.safetensors``, and a linear knows its place in it. All
-other tensors of the variant are in ``raw.safetensors`` as they are; what is byte-equal to the base's is in no file.
+``kernels.packing``). A linear of the published form has its scale in the fp32 vector ``scales`` of
+``scales.safetensors`` and knows its place in it. A finer coding stacks its masks ``(masks, ceil(K/32), N)``, keeps its
+scales in the bf16 vector ``fine``, mask by mask, from its place on, and a low-rank part as ``name#left`` and
+``name#right`` beside the codes. All other tensors of the variant are as :mod:`compression_worker.deltas` stores them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
@@ -15,93 +16,75 @@ from compression_worker import ledger
 from compression_worker.architecture import Linear, describe
 from compression_worker.artifact import make_manifest
 from compression_worker.contracts import Json
+from compression_worker.deltas.table import DIGEST, RAW_FILE, book, file_line, file_size, raw_entry
+from compression_worker.methods.bitdelta.coding import Coding
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
-from compression_worker.tensors import ITEM_SIZES, Spec, header_bytes
+from compression_worker.tensors import Spec
 from kernels.packing import words_for
 
 SCALES_FILE = "scales.safetensors"
-RAW_FILE = "raw.safetensors"
-SCALES = "scales"
+SCALES, FINE = "scales", "fine"
 LAYOUT: Json = {"name": "signs-along-k", "version": 1, "word_bits": 32, "lowest_bit_first": True, "sign_of_zero": 1}
+FINER_LAYOUT: Json = LAYOUT | {"version": 2}
+"""Of artifacts that hold any line with a coding of its own; all others stay as the first release wrote them."""
 
 
 def codes_file(block: int) -> str:
     return f"codes-{block:05d}.safetensors"
 
 
-def codes_specs(linears: Iterable[Linear]) -> dict[str, Spec]:
+def codes_specs(linears: Iterable[tuple[Linear, Coding]]) -> dict[str, Spec]:
     """The header of one block's codes."""
-    return {linear.name: Spec("I32", (words_for(linear.inputs), linear.outputs)) for linear in linears}
+    specs = {}
+    for linear, coding in linears:
+        words = (words_for(linear.inputs), linear.outputs)
+        specs[linear.name] = Spec("I32", words if coding.masks == 1 else (coding.masks, *words))
+        if coding.rank:
+            specs[f"{linear.name}#left"] = Spec("BF16", (linear.outputs, coding.rank))
+            specs[f"{linear.name}#right"] = Spec("BF16", (coding.rank, linear.inputs))
+    return specs
 
 
-def scales_specs(count: int) -> dict[str, Spec]:
-    return {SCALES: Spec("F32", (count,))}
+def scales_specs(plain: int, fine: int) -> dict[str, Spec]:
+    """The header of the scales: ``plain`` in fp32, ``fine`` in bf16; a vector without a value is left out."""
+    vectors = {SCALES: Spec("F32", (plain,)), FINE: Spec("BF16", (fine,))}
+    return {name: spec for name, spec in vectors.items() if spec.shape[0]}
 
 
-def sign_entry(linear: Linear, dtype: str, index: int, sha256: str) -> Json:
-    """The manifest's line of a linear; ``index`` is its place among the scales."""
+def layout_of(codings: Iterable[Coding]) -> Json:
+    return LAYOUT if all(coding.plain for coding in codings) else FINER_LAYOUT
+
+
+def sign_entry(linear: Linear, dtype: str, place: int, sha256: str, coding: Coding) -> Json:
+    """The manifest's line of a linear; ``place`` is where its scales begin in their vector."""
     entry = {
         "kind": "sign",
         "file": codes_file(linear.block),
         "dtype": dtype,
         "shape": list(linear.shape),
-        "scale": index,
+        "scale": place,
         "sha256": sha256,
     }
+    if not coding.plain:
+        entry["coding"] = coding.to_json()
     return entry | {"transposed": True} if linear.transposed else entry
 
 
-def raw_entry(spec: Spec, part: str, sha256: str) -> Json:
-    """The manifest's line of a tensor stored as it is."""
-    return {
-        "kind": "raw",
-        "file": RAW_FILE,
-        "dtype": spec.dtype,
-        "shape": list(spec.shape),
-        "part": part,
-        "sha256": sha256,
-    }
+def coding_of(entry: Json) -> Coding:
+    """How a line's linear is coded."""
+    return Coding(**entry["coding"]) if "coding" in entry else Coding()
 
 
-def base_entry(spec: Spec, sha256: str) -> Json:
-    """The manifest's line of a tensor that is byte-equal to the base's."""
-    return {"kind": "base", "dtype": spec.dtype, "shape": list(spec.shape), "sha256": sha256}
+def sides_of(entry: Json) -> tuple[int, int]:
+    """``(N, K)`` of a line's linear."""
+    first, second = entry["shape"]
+    return (second, first) if entry.get("transposed") else (first, second)
 
 
-def matrix_figures(name: str, scale0: float, scale: float, sum_abs: float, sum_squares: float, elements: int) -> Json:
-    """The scale before and after distillation, and ``|D - scale * S| / |D|`` (0 to 1) with the final one."""
-    error = max(0.0, sum_squares - 2 * scale * sum_abs + scale * scale * elements)
-    relative = math.sqrt(error / sum_squares) if sum_squares else 0.0
-    return {
-        "name": name,
-        "scale0": six_digits(scale0),
-        "scale": six_digits(scale),
-        "relative_error": six_digits(relative),
-    }
-
-
-def six_digits(value: float) -> float:
-    """Figures are for people: six significant digits, so that they do not fill the manifest."""
-    return float(f"{value:.6g}")
-
-
-def book(tensors: Mapping[str, Json], files: Mapping[str, Json], side_files: Iterable[str], source: Json) -> Json:
-    """The manifest's ledger: bytes by part, adding up to all ``files``. ``source``: weight bytes and parameters."""
-    sizes = dict.fromkeys(ledger.PARTS, 0)
-    linear_bytes = 0
-    for tensor in tensors.values():
-        elements = math.prod(tensor["shape"])
-        if tensor["kind"] == "sign":
-            outputs, inputs = reversed(tensor["shape"]) if tensor.get("transposed") else tensor["shape"]
-            sizes["codes"] += 4 * words_for(inputs) * outputs
-            sizes["scales"] += 4
-            linear_bytes += elements * ITEM_SIZES[tensor["dtype"]]
-        elif tensor["kind"] == "raw":
-            sizes[tensor["part"]] += elements * ITEM_SIZES[tensor["dtype"]]
-    sizes["side files"] = sum(files[name]["size"] for name in side_files)
-    sizes["headers"] = sum(entry["size"] for entry in files.values()) - sum(sizes.values())
-    parts = ledger.listed(sizes)
-    return {"parts": parts, "nominal_ratio": six_digits(ledger.nominal_ratio(linear_bytes, parts)), **source}
+def weigh(entry: Json) -> tuple[Mapping[str, int], int]:
+    """Bytes by part of a line of kind ``sign``, and the weights it stands for."""
+    outputs, inputs = sides_of(entry)
+    return coding_of(entry).sizes(outputs, inputs), outputs * inputs
 
 
 def predict(
@@ -115,35 +98,25 @@ def predict(
 
     ``side_files`` are the sizes of the files beside the weights. No tensor is assumed to equal the base's.
     """
+    settings = settings or BitDeltaConfig()
     architecture = describe(config)
     tensors: dict[str, Json] = {}
-    files: dict[str, Json] = {name: _file(size) for name, size in (side_files or {}).items()}
+    files: dict[str, Json] = {name: file_line(size) for name, size in (side_files or {}).items()}
     for index, linear in enumerate(architecture.linears()):
-        tensors[linear.name] = sign_entry(linear, dtype, index, _DIGEST)
+        tensors[linear.name] = sign_entry(linear, dtype, index, DIGEST, Coding())
     for block, linears in enumerate(architecture.blocks):
         if linears:
-            files[codes_file(block)] = _file(_size(codes_specs(linears)))
+            files[codes_file(block)] = file_line(file_size(codes_specs((one, Coding()) for one in linears)))
     raw = {name: Spec(dtype, shape) for name, shape in architecture.shapes.items() if name not in tensors}
     count = len(tensors)
-    tensors |= {name: raw_entry(spec, architecture.parts[name], _DIGEST) for name, spec in raw.items()}
-    files |= {SCALES_FILE: _file(_size(scales_specs(count))), RAW_FILE: _file(_size(raw))}
-    source = {"source_bytes": _size({name: Spec(dtype, s) for name, s in architecture.shapes.items()}), "parameters": 1}
-    written = book(tensors, files, side_files or {}, source)
-    return ledger.with_manifest(
-        written["parts"], _manifest_bytes(tensors, files, written, settings or BitDeltaConfig())
-    )
+    tensors |= {name: raw_entry(spec, architecture.parts[name], DIGEST) for name, spec in raw.items()}
+    files |= {SCALES_FILE: file_line(file_size(scales_specs(count, 0))), RAW_FILE: file_line(file_size(raw))}
+    whole = {name: Spec(dtype, shape) for name, shape in architecture.shapes.items()}
+    written = book(tensors, files, side_files or {}, {"source_bytes": file_size(whole), "parameters": 1}, weigh)
+    return ledger.with_manifest(written["parts"], _manifest_bytes(tensors, files, written, settings))
 
 
-_DIGEST = "0" * 64
 _TYPICAL = 0.00123456
-
-
-def _file(size: int) -> Json:
-    return {"sha256": _DIGEST, "size": size}
-
-
-def _size(specs: Mapping[str, Spec]) -> int:
-    return len(header_bytes(specs)) + sum(spec.size for spec in specs.values())
 
 
 def _manifest_bytes(
@@ -157,7 +130,7 @@ def _manifest_bytes(
         ],
         "distillation": {"losses": [_TYPICAL] * settings.distill_steps, "windows": 1000},
     }
-    side = {"fingerprint": _DIGEST, "checkpoint": _DIGEST}
+    side = {"fingerprint": DIGEST, "checkpoint": DIGEST}
     raw = make_manifest(
         method="bitdelta",
         config=asdict(settings),

@@ -1,119 +1,110 @@
-"""From base and artifact back to weights: ``W = W_b + scale * S``, by tiles, whole, or left packed for a kernel."""
+"""From base and artifact back to weights: ``W = W_b + D_hat``, by tiles, whole, or left packed for a kernel."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from functools import cached_property
-from types import TracebackType
 from typing import Any
 
 import torch
 
-from compression_worker.architecture import parsed
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json
-from compression_worker.methods.bitdelta.layout import LAYOUT, SCALES, SCALES_FILE
-from compression_worker.tensors import DTYPES, Spec, TensorFile, TensorFiles, checkpoint_files, raw_bytes
+from compression_worker.deltas.loading import dense_model, module_path, pack_modules
+from compression_worker.deltas.merged import Merged, own_files
+from compression_worker.methods.bitdelta.coding import Coding, decode
+from compression_worker.methods.bitdelta.layout import (
+    FINE,
+    FINER_LAYOUT,
+    LAYOUT,
+    SCALES,
+    SCALES_FILE,
+    coding_of,
+    sides_of,
+)
+from compression_worker.tensors import TensorFile
 from kernels.packing import WORD_BITS, unpack_signs, words_for
 from kernels.registry import choose
+
+__all__ = ["MergedSigns", "PackedLinear", "load_model", "module_path"]
 
 TILE_ELEMENTS = 1 << 20
 
 
-class Merged:
-    """The tensors of the compressed model, made when asked for. A context manager: it holds files open."""
+class MergedSigns(Merged):
+    """The tensors of a BitDelta artifact."""
 
     def __init__(self, base: Checkpoint, artifact: Artifact) -> None:
-        if artifact.manifest["layout"] != LAYOUT:
-            raise CompressionError(
-                "unknown_format", "the artifact's codes have a layout that this version does not know"
-            )
-        self._artifact = artifact
-        self.table: Json = artifact.manifest["tensors"]
-        self._base = checkpoint_files(base)
-        self._own = TensorFiles({name: artifact.paths[e["file"]] for name, e in self.table.items() if "file" in e})
+        finer = artifact.manifest["layout"].get("version") == FINER_LAYOUT["version"]
+        self._codes = own_files(artifact)
         with TensorFile(artifact.paths[SCALES_FILE]) as file:
-            self.scales = file.tensor(SCALES)
+            self._vectors = {name: file.tensor(name) for name in file.entries}
+        super().__init__(base, artifact, FINER_LAYOUT if finer else LAYOUT, {"sign": self})
 
-    def __enter__(self) -> Merged:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._base.__exit__(kind, error, trace)
-        self._own.__exit__(kind, error, trace)
-
-    def specs(self) -> dict[str, Spec]:
-        """Name -> dtype and shape of each tensor of the variant."""
-        return self._specs
-
-    @cached_property
-    def _specs(self) -> dict[str, Spec]:
-        return {name: Spec(entry["dtype"], tuple(entry["shape"])) for name, entry in self.table.items()}
-
-    def data(self, name: str) -> Iterator[memoryview]:
-        """The tensor's bytes in the variant's dtype, a tile at a time."""
-        kind = self.table[name]["kind"]
-        if kind == "sign":
-            dtype = DTYPES[self.table[name]["dtype"]]
-            return (raw_bytes(tile.to(dtype)) for tile in self._tiles(name))
-        return (self._own if kind == "raw" else self._base).file(name).chunks(name)
-
-    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The whole tensor; a block linear is summed in fp32 and rounded once to ``dtype``."""
-        entry = self.table[name]
-        if entry["kind"] != "sign":
-            return (self._own if entry["kind"] == "raw" else self._base).file(name).tensor(name).to(dtype)
-        whole = torch.empty(entry["shape"], dtype=dtype)
-        row = 0
-        for tile in self._tiles(name):
-            whole[row : row + len(tile)] = tile
-            row += len(tile)
-        return whole
+    def __exit__(self, *error: Any) -> None:
+        self._codes.__exit__(*error)
+        super().__exit__(*error)
 
     def codes(self, name: str) -> torch.Tensor:
-        """The packed signs of a block linear."""
-        packed = self._own.file(name).tensor(name)
-        rows, width = self.table[name]["shape"]
-        outputs, inputs = (width, rows) if self.table[name].get("transposed") else (rows, width)
-        if tuple(packed.shape) != (words_for(inputs), outputs) or packed.dtype != torch.int32:
+        """The packed signs of a block linear: ``(ceil(K/32), N)``, or stacked ``(masks, ceil(K/32), N)``."""
+        packed = self._codes.file(name).tensor(name)
+        entry = self.table[name]
+        outputs, inputs = sides_of(entry)
+        masks = coding_of(entry).masks
+        shape = (words_for(inputs), outputs) if masks == 1 else (masks, words_for(inputs), outputs)
+        if tuple(packed.shape) != shape or packed.dtype != torch.int32:
             raise CompressionError("damaged_artifact", f"the codes of '{name}' do not fit its shape")
         return packed
 
-    def base_tensor(self, name: str) -> torch.Tensor:
-        """The base's weight of a block linear."""
-        self._check_base(name)
-        return self._base.file(name).tensor(name)
-
     def scale(self, name: str) -> torch.Tensor:
-        """The scale of a block linear, one fp32 element."""
-        return self.scales[self.table[name]["scale"]]
+        """The scales of a block linear: one fp32 element, or ``(masks, values)`` in bf16."""
+        entry = self.table[name]
+        place, coding = entry["scale"], coding_of(entry)
+        if coding.plain:
+            return self._vectors[SCALES][place]
+        count = coding.values(*sides_of(entry))
+        found = self._vectors[FINE][place : place + coding.masks * count] if coding.masks else torch.zeros(0)
+        if len(found) != coding.masks * count:
+            raise CompressionError("damaged_artifact", f"the scales of '{name}' do not fit its shape")
+        return found.view(coding.masks, count)
 
-    def _check_base(self, name: str) -> None:
-        if list(self._base.spec(name).shape) != self.table[name]["shape"]:
-            raise CompressionError("base_mismatch", f"'{name}' has another shape in the base than in the artifact")
+    def tiles(self, name: str, entry: Json, base: TensorFile) -> Iterator[torch.Tensor]:
+        """``W_b + D_hat`` in fp32, some rows at a time."""
+        coding = coding_of(entry)
+        return self._plain(name, entry, base) if coding.plain else self._finer(name, entry, base, coding)
 
-    def _tiles(self, name: str) -> Iterator[torch.Tensor]:
-        """``W_b + scale * S`` in fp32, some rows at a time."""
-        self._check_base(name)
+    def _plain(self, name: str, entry: Json, base: TensorFile) -> Iterator[torch.Tensor]:
         packed, scale = self.codes(name), self.scale(name)
-        height, width = self.table[name]["shape"]
-        # Whole words of a transposed matrix lie along its rows, so its tiles end where words end.
-        rows = max(1, TILE_ELEMENTS // width // WORD_BITS) * WORD_BITS
+        width = entry["shape"][1]
         row = 0
-        for tile in self._base.file(name).row_tiles(name, rows):
-            signs = self._signs(name, packed, row, len(tile), height, width)
+        for tile in base.row_tiles(name, _rows(width)):
+            signs = self._signs(entry, packed, row, len(tile), width)
             yield tile.to(torch.float32).add_(signs.mul_(scale))
             row += len(tile)
 
-    def _signs(self, name: str, packed: torch.Tensor, row: int, rows: int, height: int, width: int) -> torch.Tensor:
-        if not self.table[name].get("transposed"):
+    def _finer(self, name: str, entry: Json, base: TensorFile, coding: Coding) -> Iterator[torch.Tensor]:
+        outputs, inputs = sides_of(entry)
+        file = self._codes.file(name)
+        none = torch.zeros(0)
+        left, right = (file.tensor(f"{name}#{side}") if coding.rank else none for side in ("left", "right"))
+        packed = self.codes(name).view(coding.masks, words_for(inputs), outputs)
+        delta = decode(packed, self.scale(name), left, right, coding, inputs)
+        delta = delta.T if entry.get("transposed") else delta
+        row = 0
+        for tile in base.row_tiles(name, _rows(entry["shape"][1])):
+            yield tile.to(torch.float32).add_(delta[row : row + len(tile)])
+            row += len(tile)
+
+    def _signs(self, entry: Json, packed: torch.Tensor, row: int, rows: int, width: int) -> torch.Tensor:
+        if not entry.get("transposed"):
             return unpack_signs(packed[:, row : row + rows], width)
         words = packed[row // WORD_BITS : words_for(row + rows)]
         return unpack_signs(words, rows).T.contiguous()
+
+
+def _rows(width: int) -> int:
+    """Rows of a tile. Whole words of a transposed matrix lie along its rows, so its tiles end where words end."""
+    return max(1, TILE_ELEMENTS // width // WORD_BITS) * WORD_BITS
 
 
 class PackedLinear(torch.nn.Module):
@@ -142,58 +133,24 @@ def load_model(
     *,
     packed: bool | None = None,
 ) -> torch.nn.Module:
-    """The compressed model in memory; ``packed`` None merges on a CPU and keeps one bit a weight on CUDA."""
+    """The compressed model in memory; ``packed`` None merges on a CPU and keeps one bit a weight on CUDA.
+
+    Linears of a finer coding than the published one are merged everywhere.
+    """
     keep_packed = device.startswith("cuda") if packed is None else packed
-    with Merged(base, artifact) as merged:
-        weights = {}
-        for name, entry in merged.table.items():
-            own = dtype or DTYPES[entry["dtype"]]
-            leave = keep_packed and entry["kind"] == "sign" and not entry.get("transposed")
-            weights[name] = merged.base_tensor(name).to(own) if leave else merged.tensor(name, own)
-        model = _filled(artifact, weights, dtype)
+    with MergedSigns(base, artifact) as merged:
+        kept = [name for name, entry in merged.table.items() if keep_packed and _stays_packed(entry)]
+        model = dense_model(merged, dtype, set(kept).__contains__)
         model.to(device)
-        if keep_packed:
-            _pack(model, merged, device)
+
+        def module(name: str, linear: Any) -> PackedLinear:
+            codes, scale = merged.codes(name).to(device), merged.scale(name).to(device)
+            bias = None if linear.bias is None else linear.bias.data
+            return PackedLinear(linear.weight.data, codes, scale, bias)
+
+        pack_modules(model, kept, module)
     return model.eval().requires_grad_(False)
 
 
-def _filled(artifact: Artifact, weights: dict[str, torch.Tensor], dtype: torch.dtype | None) -> Any:
-    """The variant's architecture holding ``weights``; refuses a gap, which transformers would fill at random."""
-    from transformers import GenerationConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    config = parsed(artifact.config)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    own = dtype or max(weights.values(), key=torch.Tensor.numel).dtype
-    model, report = kind.from_pretrained(None, config=config, state_dict=weights, dtype=own, output_loading_info=True)
-    for part in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in report[part]):
-            raise CompressionError(
-                "damaged_artifact",
-                f"{kind.__name__} and the artifact disagree on {len(names)} tensors ({names[0]} first)",
-            )
-    if generation := artifact.side_files().get("generation_config.json"):
-        model.generation_config = GenerationConfig.from_dict(json.loads(generation.read_bytes()))
-    return model
-
-
-def _pack(model: Any, merged: Merged, device: str) -> None:
-    """Put a :class:`PackedLinear` in the place of each block linear."""
-    modules = dict(model.named_modules())
-    for name, entry in merged.table.items():
-        if entry["kind"] != "sign" or entry.get("transposed"):
-            continue
-        path = module_path(name, modules, model.base_model_prefix)
-        parent, _, child = path.rpartition(".")
-        linear = modules[path]
-        codes, scale = merged.codes(name).to(device), merged.scale(name).to(device)
-        bias = None if linear.bias is None else linear.bias.data
-        setattr(modules[parent], child, PackedLinear(linear.weight.data, codes, scale, bias))
-
-
-def module_path(tensor: str, modules: dict[str, Any], prefix: str) -> str:
-    """The module that owns the weight ``tensor``; some checkpoints leave out the model's prefix."""
-    path = tensor.removesuffix(".weight")
-    return path if path in modules else f"{prefix}.{path}"
+def _stays_packed(entry: Json) -> bool:
+    return entry["kind"] == "sign" and not entry.get("transposed") and coding_of(entry).plain

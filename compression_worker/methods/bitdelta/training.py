@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from compression_worker.checkpoints import Checkpoint, load_model, load_tokenizer
+from compression_worker.checkpoints import Checkpoint, load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
+from compression_worker.deltas.calibration import calibration_windows
+from compression_worker.deltas.rows import RowsReader
+from compression_worker.deltas.table import ROWS_FILE, six_digits
 from compression_worker.distillation import Adam, Batch, Windows, distill, scheduled
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
-from compression_worker.methods.bitdelta.layout import six_digits
-from compression_worker.methods.bitdelta.student import Student
-from compression_worker.samples import read_samples
-from compression_worker.tensors import Spec, TensorFile, checkpoint_files, raw_bytes, write_file
+from compression_worker.methods.bitdelta.finish import coding_of, initial_scales, values_of
+from compression_worker.methods.bitdelta.student import Matrix, Student
+from compression_worker.tensors import Spec, TensorFile, TensorFiles, checkpoint_files, raw_bytes, write_file
 from kernels.packing import unpack_signs
 
 SMALL_MODEL = 10_000_000
@@ -35,11 +37,15 @@ def distill_step(context: StepContext) -> StepOutput:
     previous = context.input("previous") if "previous" in context.spec.inputs else None
     variant = Checkpoint.open(context.store, context.spec.inputs["variant"])
     with variant, _threads_for(variant):
-        lines = _lines(context)
-        unit = _unit(lines, config).to(context.device)
-        adam = _resumed(context, previous) if previous else Adam.start(_initial(lines).to(context.device) / unit)
-        student = _student(context, variant, lines)
-        windows = _windows(context, variant, config)
+        layers = _layers(context)
+        lines = {name: line for layer in layers for name, line in layer.data["linears"].items()}
+        initial = initial_scales(context, lines, layers)
+        unit = _unit(initial, config).to(context.device)
+        adam = _resumed(context, previous) if previous else Adam.start(initial.to(context.device) / unit)
+        student = _student(context, variant, lines, layers)
+        windows = calibration_windows(
+            context, variant, length=config.sequence_length, needed=config.distill_steps * config.batch_size
+        )
         if previous is None:
             context.log(f"{len(windows)} windows of calibration text; {config.distill_steps} steps", "info")
         started = time.monotonic()
@@ -57,7 +63,8 @@ def distill_step(context: StepContext) -> StepOutput:
         context.measure("seconds_per_training_step", (time.monotonic() - started) / (last - first))
     if not (adam.values * unit).isfinite().all():
         raise CompressionError("diverged", "distillation made a scale that is not finite: lower learning_rate")
-    return _output(context, adam, unit, losses, previous, len(windows))
+    plain = all(coding_of(line).plain for line in lines.values())
+    return _output(context, adam, unit, losses, previous, len(windows), plain)
 
 
 @contextlib.contextmanager
@@ -72,37 +79,46 @@ def _threads_for(variant: Checkpoint) -> Iterator[None]:
 
 
 def _output(
-    context: StepContext, adam: Adam, unit: torch.Tensor, losses: list[float], previous: StepOutput | None, windows: int
+    context: StepContext,
+    adam: Adam,
+    unit: torch.Tensor,
+    losses: list[float],
+    previous: StepOutput | None,
+    windows: int,
+    plain: bool,
 ) -> StepOutput:
     vectors = {name: getattr(adam, name).cpu().contiguous() for name in VECTORS}
-    with context.store.writer() as blob:
-        write_file(blob, {name: (Spec("F32", (len(v),)), [raw_bytes(v)]) for name, v in vectors.items()})
+    blobs = {"state": _written(context, vectors)}
     curve = list(previous.data["curve"]["losses"]) if previous else []
     curve += [six_digits(loss) for loss in losses]
     context.log(f"loss {curve[0]:.4g} at first, {curve[-1]:.4g} now", "info")
-    scales = (adam.values * unit).tolist()
-    return StepOutput(
-        blobs={"state": blob.digest}, data={"scales": scales, "curve": {"losses": curve, "windows": windows}}
-    )
+    data: Json = {"curve": {"losses": curve, "windows": windows}}
+    scales = (adam.values * unit).cpu().contiguous()
+    if plain:
+        data["scales"] = scales.tolist()
+    else:
+        blobs["scales"] = _written(context, {"scales": scales})
+    return StepOutput(blobs=blobs, data=data)
 
 
-def _lines(context: StepContext) -> dict[str, Json]:
-    """What the layer steps said of each linear, in the order of the artifact's scales."""
+def _written(context: StepContext, vectors: Mapping[str, torch.Tensor]) -> str:
+    with context.store.writer() as blob:
+        write_file(blob, {name: (Spec("F32", (len(v),)), [raw_bytes(v)]) for name, v in vectors.items()})
+    return blob.digest
+
+
+def _layers(context: StepContext) -> list[StepOutput]:
+    """What the layer steps left, in the order of the artifact's scales."""
     names = sorted((name for name in context.spec.inputs if name.startswith("layer-")), key=_layer_number)
-    return {name: line for layer in names for name, line in context.input(layer).data["linears"].items()}
+    return [context.input(name) for name in names]
 
 
 def _layer_number(name: str) -> int:
     return int(name.removeprefix("layer-"))
 
 
-def _initial(lines: dict[str, Json]) -> torch.Tensor:
-    return torch.tensor([line["scale"] for line in lines.values()], dtype=torch.float32)
-
-
-def _unit(lines: dict[str, Json], config: BitDeltaConfig) -> torch.Tensor:
+def _unit(initial: torch.Tensor, config: BitDeltaConfig) -> torch.Tensor:
     """What a value of the state is counted in: 1, or the initial scale (1 again where that is zero)."""
-    initial = _initial(lines)
     relative = config.learning_rate_unit == "relative"
     return initial.where(initial > 0, 1.0) if relative else torch.ones_like(initial)
 
@@ -113,36 +129,54 @@ def _resumed(context: StepContext, previous: StepOutput) -> Adam:
         return Adam(*(file.tensor(name).to(context.device) for name in VECTORS))
 
 
-def _student(context: StepContext, variant: Checkpoint, lines: dict[str, Json]) -> Student:
+def _student(
+    context: StepContext, variant: Checkpoint, lines: Mapping[str, Json], layers: Sequence[StepOutput]
+) -> Student:
     base = Checkpoint.open(context.store, context.spec.inputs["base"])
-    pairs = {}
     with checkpoint_files(base) as files:
-        for layer in (name for name in context.spec.inputs if name.startswith("layer-")):
-            (digest,) = context.input(layer).blobs.values()
-            with TensorFile(context.store.path(digest)) as codes:
-                for name in codes.entries:
-                    linear = lines[name]["linear"]
-                    signs = unpack_signs(codes.tensor(name), linear["inputs"], torch.int8)
-                    weight = files.file(name).tensor(name)
-                    weight = weight.T.contiguous() if linear["transposed"] else weight
-                    pairs[name] = weight.to(context.device), signs.to(context.device)
+        matrices = _matrices(context, files, lines, layers)
+        rows = _coded_rows(context, files)
     model: Any = load_model(variant, device=context.device, dtype=torch.float32)
-    return Student(model, list(lines), pairs)
+    return Student(model, matrices, [values_of(line) for line in lines.values()], rows)
 
 
-def _windows(context: StepContext, variant: Checkpoint, config: BitDeltaConfig) -> Windows:
-    samples = read_samples(context.store.read_bytes(context.spec.inputs["calibration"]))
-    texts = [sample["text"] for sample in samples if "text" in sample]
-    if not texts:
-        raise CompressionError("no_text", "the calibration set has no texts: distillation needs a text set")
-    tokenizer = load_tokenizer(variant)
-    return Windows(
-        texts,
-        lambda text: tokenizer(text, add_special_tokens=True, truncation=False, verbose=False)["input_ids"],
-        length=config.sequence_length,
-        needed=config.distill_steps * config.batch_size,
-        seed=context.spec.seed,
-    )
+def _matrices(
+    context: StepContext, base: TensorFiles, lines: Mapping[str, Json], layers: Sequence[StepOutput]
+) -> dict[str, Matrix]:
+    made = {}
+    for layer in layers:
+        (digest,) = (digest for name, digest in layer.blobs.items() if name != "fine")
+        with TensorFile(context.store.path(digest)) as codes:
+            for name in layer.data["linears"]:
+                made[name] = _matrix(context.device, codes, base.file(name), name, lines[name])
+    return {name: made[name] for name in lines}
+
+
+def _matrix(device: str, codes: TensorFile, base: TensorFile, name: str, line: Json) -> Matrix:
+    coding, inputs = coding_of(line), line["linear"]["inputs"]
+    packed = codes.tensor(name).view(coding.masks, -1, line["linear"]["outputs"])
+    signs = [unpack_signs(mask, inputs, torch.int8) for mask in packed]
+    weight = base.tensor(name)
+    weight = weight.T.contiguous() if line["linear"]["transposed"] else weight
+    if coding.rank:
+        left, right = (codes.tensor(f"{name}#{side}").float() for side in ("left", "right"))
+        weight = weight.to(torch.float32) + left @ right
+    whole = torch.stack(signs) if signs else torch.zeros((0, *weight.shape), dtype=torch.int8)
+    return Matrix(weight.to(device), whole.to(device), coding)
+
+
+def _coded_rows(context: StepContext, base: TensorFiles) -> dict[str, torch.Tensor]:
+    """Embeddings and head as they come back from their coded rows; none where they are kept whole."""
+    if "rest" not in context.spec.inputs:
+        return {}
+    rest = context.input("rest")
+    if ROWS_FILE not in rest.blobs:
+        return {}
+    context.store.verify(rest.blobs[ROWS_FILE])
+    with TensorFile(context.store.path(rest.blobs[ROWS_FILE])) as file:
+        reader = RowsReader(file)
+        lines = rest.data["rows"].items()
+        return {name: torch.cat(list(reader.tiles(name, line, base.file(name)))) for name, line in lines}
 
 
 def _batches(windows: Windows, config: BitDeltaConfig, first: int, device: str) -> Iterator[Batch]:

@@ -69,7 +69,7 @@ def fixture_bench(tmp_path: Path) -> Bench:
 def test_the_initial_form_is_the_sign_and_the_mean_of_each_delta(bench: Bench) -> None:
     output = bench.compress(INITIAL)
     base, variant = load_file(bench.base_dir / "model.safetensors"), load_file(bench.variant_dir / "model.safetensors")
-    with merge.Merged(
+    with merge.MergedSigns(
         Checkpoint.open(bench.store, bench.base), Artifact.open_store(bench.store, output.data["artifact"])
     ) as merged:
         assert merged.specs().keys() == variant.keys()
@@ -225,7 +225,7 @@ def test_a_delta_of_zero_is_allowed_and_reported(bench: Bench) -> None:
     bench.edit(bench.variant_dir, lambda state: state.update({LINEAR: same}))
     output = bench.compress({"distill_steps": 2, "learning_rate_unit": "relative"})
     assert f"'{LINEAR}' is equal in base and variant: its scale is 0" in bench.logs()
-    with merge.Merged(
+    with merge.MergedSigns(
         Checkpoint.open(bench.store, bench.base), Artifact.open_store(bench.store, output.data["artifact"])
     ) as merged:
         assert merged.tensor(LINEAR, torch.bfloat16).shape == same.shape
@@ -298,7 +298,7 @@ def test_weights_stored_the_other_way_round_are_packed_along_their_inputs(tmp_pa
     base, variant = (load_file(side / "model.safetensors")[name] for side in (bench.base_dir, bench.variant_dir))
     artifact = Artifact.open_store(bench.store, output.data["artifact"])
     checkpoint = Checkpoint.open(bench.store, bench.base)
-    with merge.Merged(checkpoint, artifact) as merged:
+    with merge.MergedSigns(checkpoint, artifact) as merged:
         assert merged.codes(name).shape == (3, 24)
         signs = torch.where(variant - base < 0, -1.0, 1.0)
         assert torch.equal(merged.tensor(name, torch.float32), base + merged.scale(name) * signs)

@@ -1,0 +1,106 @@
+"""The last step of a delta method: every file hashed once more, the manifest, and what a job records of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from compression_worker import gate
+from compression_worker.artifact import MANIFEST, Artifact, make_manifest
+from compression_worker.checkpoints import Checkpoint
+from compression_worker.contracts import CODE_VERSION, Json, StepContext, StepOutput
+from compression_worker.deltas.pair import opened
+from compression_worker.deltas.table import Weigh, base_entry, book, raw_entry
+from compression_worker.deltas.threads import each
+from compression_worker.faults import failpoint
+from compression_worker.tensors import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """What a method hands over: its name and layout, table lines of its linears, figures, and how a line weighs.
+
+    ``blobs`` are its own files, those of the rest step among them. ``libraries`` beside torch and safetensors decided
+    the bytes. ``name_hint`` is what an artifact is called until a person says otherwise.
+    """
+
+    method: str
+    layout: Json
+    lines: Mapping[str, Json]
+    rest: StepOutput
+    blobs: Mapping[str, str]
+    figures: Json
+    weigh: Weigh
+    name_hint: str
+    libraries: tuple[str, ...] = ()
+
+
+def assemble(context: StepContext, parcel: Parcel) -> StepOutput:
+    """Hash every file of the artifact again, write its manifest, and say what a job records."""
+    base, variant = (opened(context, name) for name in ("base", "variant"))
+    side = _side_files(variant)
+    blobs = {**parcel.blobs, **side}
+    for done, _ in enumerate(each()(context.store.verify, blobs.values()), start=1):
+        context.progress(done, len(blobs), "files")
+    files = {name: {"sha256": digest, "size": context.store.size(digest)} for name, digest in blobs.items()}
+    raw = _manifest(context, parcel, base, variant, files, sorted(side))
+    failpoint("artifact.manifest")
+    digest = context.store.write_bytes(raw)
+    return StepOutput(blobs={**blobs, MANIFEST: digest}, data=_result(context, digest, parcel.name_hint))
+
+
+def _side_files(variant: Checkpoint) -> dict[str, str]:
+    files = variant.manifest["files"].items()
+    kept = (gate.INDEX_FILE, MANIFEST)
+    return {name: file["sha256"] for name, file in files if not name.endswith(".safetensors") and name not in kept}
+
+
+def _manifest(
+    context: StepContext,
+    parcel: Parcel,
+    base: Checkpoint,
+    variant: Checkpoint,
+    files: Mapping[str, Json],
+    side: Iterable[str],
+) -> bytes:
+    theirs = variant.manifest["tensors"]
+    tensors = dict(parcel.lines) | dict(parcel.rest.data.get("rows", {}))
+    for name, part in parcel.rest.data["raw"].items():
+        tensors[name] = raw_entry(_spec(theirs[name]), part, theirs[name]["sha256"])
+    for name in parcel.rest.data["base"]:
+        tensors[name] = base_entry(_spec(theirs[name]), theirs[name]["sha256"])
+    source = {"source_bytes": variant.manifest["weight_bytes"], "parameters": variant.manifest["parameters"]}
+    return make_manifest(
+        method=parcel.method,
+        config=context.spec.params["config"],
+        seed=context.spec.seed,
+        base={"fingerprint": base.fingerprint, "checkpoint": base.digest},
+        variant={"fingerprint": variant.fingerprint, "checkpoint": variant.digest},
+        files=files,
+        tensors=tensors,
+        aliases=variant.manifest["aliases"],
+        layout=parcel.layout,
+        book=book(tensors, files, side, source, parcel.weigh),
+        figures=parcel.figures,
+        side_files=side,
+        code_version=CODE_VERSION,
+        libraries={name: version(name) for name in sorted({"safetensors", "torch", *parcel.libraries})},
+    )
+
+
+def _result(context: StepContext, digest: str, name_hint: str) -> Json:
+    """What the dashboard records of the artifact."""
+    artifact = Artifact.open_store(context.store, digest)
+    summary = artifact.summary()
+    return {
+        "artifact": digest,
+        "name_hint": name_hint,
+        "ledger": summary.pop("parts"),
+        "figures": artifact.manifest["figures"],
+        **summary,
+    }
+
+
+def _spec(tensor: Json) -> Spec:
+    return Spec(tensor["dtype"], tuple(tensor["shape"]))

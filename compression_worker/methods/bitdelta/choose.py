@@ -1,0 +1,273 @@
+"""A coding for each matrix: the least loss that a size allows, or the smallest size that a divergence allows.
+
+Three steps: :func:`sense_step` sees what errors cost (:mod:`compression_worker.deltas.sensitivity`),
+:func:`measure_step` tries every option on every matrix of a block, :func:`choose_step` spends the bytes
+(:mod:`compression_worker.deltas.budget`). For a target KL divergence the models that the budget proposes are built and
+measured on calibration text, so that the figure reached is a measured one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from compression_worker.architecture import Linear
+from compression_worker.checkpoints import load_model
+from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
+from compression_worker.deltas.budget import Choice, Option, cheapest, cost, loss, moves, within
+from compression_worker.deltas.calibration import calibration_windows
+from compression_worker.deltas.kept import BY_ROW
+from compression_worker.deltas.moments import Moments, moments_file, read_moments
+from compression_worker.deltas.pair import open_pair, opened, whole_delta
+from compression_worker.deltas.rows import CODINGS, rows_losses
+from compression_worker.deltas.sensitivity import BATCH, WINDOWS, sense
+from compression_worker.distillation import Batch
+from compression_worker.methods.bitdelta.coding import Coding, encode
+from compression_worker.methods.bitdelta.config import BitDeltaConfig
+from compression_worker.methods.bitdelta.foretell import foretold_bytes
+from compression_worker.methods.bitdelta.options import OPTIONS, fitted
+from compression_worker.methods.bitdelta.trial import Trial
+from compression_worker.tensors import ITEM_SIZES, TensorFile, TensorFiles, write_file
+
+TOLERANCE = 0.02
+"""How near a target counts as met."""
+SEARCHES = 24
+"""Models that a target KL divergence may cost at most."""
+
+
+def sense_step(context: StepContext) -> StepOutput:
+    """What errors of each linear, of the embeddings and of the head cost, from one pass over calibration text."""
+    params = context.spec.params
+    with opened(context, "variant") as variant:
+        length = params["sequence_length"]
+        windows = calibration_windows(context, variant, length=length, needed=WINDOWS)
+        model = load_model(variant, device=context.device, dtype=torch.float32)
+        batches = (_on(windows.batch(at, BATCH), context.device) for at in range(WINDOWS // BATCH))
+        moments = sense(
+            model, params["linears"], batches, lambda done: context.progress(done, WINDOWS // BATCH, "batches")
+        )
+    with context.store.writer() as blob:
+        write_file(blob, moments_file(moments))
+    return StepOutput(blobs={"moments": blob.digest}, data={"windows": WINDOWS, "length": length})
+
+
+def measure_step(context: StepContext) -> StepOutput:
+    """Bytes and loss of every option of every matrix of a block; of embeddings and head where ``linears`` is empty."""
+    params = context.spec.params
+    linears = [Linear(**linear) for linear in params["linears"]]
+    (digest,) = context.input("sensitivity").blobs.values()
+    context.store.verify(digest)
+    with TensorFile(context.store.path(digest)) as seen, open_pair(context, []) as (base, variant):
+        if not linears:
+            return StepOutput(data={"rows": _measured_rows(context, seen, base, variant)})
+        options: dict[str, list[list[float]]] = {}
+        for linear in linears:
+            options[linear.name] = _measured(linear, read_moments(seen, linear.name), base, variant)
+            context.progress(len(options), len(linears), "matrices")
+    return StepOutput(data={"linears": options})
+
+
+def choose_step(context: StepContext) -> StepOutput:
+    """The coding of each matrix.
+
+    Raises :class:`CompressionError` (``target_unreachable``), which names the nearest that can be had.
+    """
+    params = context.spec.params
+    config = BitDeltaConfig(**params["config"])
+    linears = {linear["name"]: Linear(**linear) for linear in params["linears"]}
+    options, rows = _options(context)
+    if config.target_ratio is not None:
+        choice, target = _for_ratio(context, config.target_ratio, options, rows, linears)
+    else:
+        choice, target = _for_divergence(context, config, options, rows, linears)
+    codings = {name: fitted(linears[name], choice[name]).to_json() for name in linears}
+    chosen_rows = {name: rows[name][choice[name]] for name in rows}
+    context.log(_words(codings, chosen_rows, target), "info")
+    target |= {"predicted_kl": float(f"{loss(options, choice):.4g}")}
+    return StepOutput(data={"codings": codings, "rows": chosen_rows, "target": target})
+
+
+def _measured(linear: Linear, moments: Moments | None, base: TensorFiles, variant: TensorFiles) -> list[list[float]]:
+    delta = whole_delta(linear, base, variant)
+    found = []
+    for at in range(len(OPTIONS)):
+        coding = fitted(linear, at)
+        coded = encode(delta, coding, moments.inputs if moments else None, moments.outputs if moments else None)
+        found.append([sum(coding.sizes(linear.outputs, linear.inputs).values()), coded.loss / 2])
+    return found
+
+
+def _measured_rows(
+    context: StepContext, seen: TensorFile, base: TensorFiles, variant: TensorFiles
+) -> dict[str, list[list[float]]]:
+    """Options of the tensors that may be coded by row: those of :data:`CODINGS`, by name."""
+    parts = context.spec.params["parts"]
+    ours, theirs = (opened(context, side).manifest["tensors"] for side in ("base", "variant"))
+    found = {}
+    for name, part in parts.items():
+        mine, other = theirs.get(name), ours.get(name)
+        if part not in BY_ROW or not mine or not other or mine["sha256"] == other["sha256"]:
+            continue
+        if mine["shape"][1:] != other["shape"][1:]:
+            continue
+        moments = [one for key in (name, f"{name}#head") if (one := read_moments(seen, key))]
+        raw = [mine["shape"][0] * mine["shape"][1] * ITEM_SIZES[mine["dtype"]], 0.0]
+        coded = rows_losses(CODINGS[1:], base.file(name), variant.file(name), name, moments)
+        found[name] = [raw, *([size, lost / 2] for size, lost in coded)]
+    return found
+
+
+def _options(context: StepContext) -> tuple[dict[str, list[Option]], dict[str, list[str]]]:
+    """Options of every matrix and tensor, and what those of the tensors by row are called."""
+    options: dict[str, list[Option]] = {}
+    rows: dict[str, list[str]] = {}
+    for name in sorted((name for name in context.spec.inputs if name.startswith("measure-")), key=_number):
+        data = context.input(name).data
+        for tensor, ways in (data.get("linears") or data["rows"]).items():
+            options[tensor] = [Option(int(size), lost) for size, lost in ways]
+            if "rows" in data:
+                rows[tensor] = list(CODINGS)
+    return options, rows
+
+
+def _number(name: str) -> int:
+    tail = name.removeprefix("measure-")
+    return int(tail) if tail.isdigit() else 1 << 30
+
+
+def _for_ratio(
+    context: StepContext,
+    wanted: float,
+    options: dict[str, list[Option]],
+    rows: dict[str, list[str]],
+    linears: dict[str, Linear],
+) -> tuple[Choice, Json]:
+    """The least loss at which the whole artifact has the ratio; headers and manifest depend a little on the choice."""
+    variant = opened(context, "variant")
+    source = int(variant.manifest["weight_bytes"])
+    aim = int(source / wanted)
+
+    def total(choice: Choice) -> int:
+        return foretold_bytes(
+            context, {name: fitted(linears[name], choice[name]) for name in linears}, _rows(rows, choice, options)
+        )
+
+    smallest = cheapest(options)
+    if (least := total(smallest)) > aim:
+        raise CompressionError(
+            "target_unreachable",
+            f"target_ratio is {wanted:g}, and the smallest artifact of this variant has {least:,} bytes, a ratio of "
+            f"{source / least:.2f}: ask for that or less. What is no block linear, embedding or head, and the "
+            "tokenizer, is kept whole",
+        )
+    budget = aim - (least - cost(options, smallest))
+    choice = smallest
+    for _ in range(4):
+        choice = within(options, budget)
+        spare = aim - total(choice)
+        if 0 <= spare <= aim * TOLERANCE / 8:
+            break
+        budget += spare
+    reached = source / total(choice)
+    if reached > wanted * (1 + TOLERANCE):
+        context.log(
+            f"the richest coding there is has a ratio of {reached:.2f} already; {wanted:g} asks for more bytes than "
+            "it can use",
+            "warning",
+        )
+    return choice, {"ratio": wanted, "expected": float(f"{reached:.6g}")}
+
+
+def _rows(rows: dict[str, list[str]], choice: Choice, options: dict[str, list[Option]]) -> dict[str, tuple[str, int]]:
+    return {name: (rows[name][choice[name]], options[name][choice[name]].bytes) for name in rows}
+
+
+def _for_divergence(
+    context: StepContext,
+    config: BitDeltaConfig,
+    options: dict[str, list[Option]],
+    rows: dict[str, list[str]],
+    linears: dict[str, Linear],
+) -> tuple[Choice, Json]:
+    """Go along the moves that save most a byte until the measured divergence is the target; then look around."""
+    wanted = float(config.target_kl or 0)
+    with Trial(context, config, rows, linears) as trial:
+        path = moves(options)
+        tried: dict[int, float] = {}
+
+        def at(count: int) -> float:
+            if count not in tried:
+                tried[count] = trial.divergence(_after(options, path, count))
+                context.progress(len(tried), SEARCHES, "models measured")
+            return tried[count]
+
+        if at(len(path)) > wanted * (1 + TOLERANCE):
+            raise CompressionError(
+                "target_unreachable",
+                f"target_kl is {wanted:g}, and the richest coding there is reaches {at(len(path)):.4g} on the "
+                "calibration text: ask for that or more",
+            )
+        low, high = 0, len(path)
+        if at(0) <= wanted:
+            high = 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if at(middle) <= wanted else (middle, high)
+        choice, reached = _after(options, path, high), at(high)
+        if reached < wanted * (1 - TOLERANCE) and high:
+            choice, reached = _nearer(trial, options, _after(options, path, low), at(low), choice, reached, wanted)
+        return choice, {"kl": wanted, "reached": float(f"{reached:.6g}"), "windows": trial.windows}
+
+
+def _after(options: Mapping[str, list[Option]], path: list[Any], count: int) -> Choice:
+    choice = cheapest(options)
+    for move in path[:count]:
+        choice[move.name] = move.to
+    return choice
+
+
+def _nearer(
+    trial: Trial,
+    options: Mapping[str, list[Option]],
+    above: Choice,
+    above_kl: float,
+    below: Choice,
+    below_kl: float,
+    wanted: float,
+) -> tuple[Choice, float]:
+    """Single changes from the choice just above the target, those first whose foretold saving is what is needed."""
+    foretold = loss(options, above)
+    part = max(above_kl - wanted * (1 - TOLERANCE / 2), 0.0) / max(above_kl, 1e-12) * foretold
+    changes = [
+        (abs(options[name][at].loss - way.loss - part), name, other)
+        for name, at in above.items()
+        for other, way in enumerate(options[name])
+        if way.loss < options[name][at].loss
+    ]
+    best, best_kl = below, below_kl
+    for _, name, other in sorted(changes)[: SEARCHES // 2]:
+        choice = above | {name: other}
+        kl = trial.divergence(choice)
+        if best_kl < kl <= wanted * (1 + TOLERANCE / 2):
+            best, best_kl = choice, kl
+        if abs(kl - wanted) <= wanted * TOLERANCE / 2:
+            break
+    return best, best_kl
+
+
+def _words(codings: Mapping[str, Json], rows: Mapping[str, str], target: Json) -> str:
+    """What was chosen, in one line."""
+    counts: dict[str, int] = {}
+    for coding in codings.values():
+        label = Coding(**coding).label
+        counts[label] = counts.get(label, 0) + 1
+    shown = ", ".join(f"{label}: {count}" for label, count in sorted(counts.items(), key=lambda item: -item[1]))
+    tail = "; ".join(f"{name}: {coding}" for name, coding in rows.items())
+    reached = target.get("reached", target.get("expected"))
+    return f"{shown}{'; ' + tail if tail else ''}; target {reached}"
+
+
+def _on(batch: Batch, device: str) -> Batch:
+    return Batch(batch.tokens.to(device), batch.real.to(device))
