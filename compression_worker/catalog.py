@@ -46,6 +46,14 @@ METHODS: dict[str, Method] = {
         implementation="compression_worker.methods.bitdelta.compress",
         forecast="compression_worker.methods.bitdelta.estimate",
     ),
+    "deltadq": Method(
+        label="DeltaDQ",
+        summary="One weight in a few of every block linear's delta, at a few bits, with positions from a seed.",
+        paper="arXiv:2410.08666",
+        config="compression_worker.methods.deltadq.config:DeltaDQConfig",
+        implementation="compression_worker.methods.deltadq.compress",
+        forecast="compression_worker.methods.deltadq.estimate",
+    ),
 }
 
 STEPS: dict[str, str] = {
@@ -58,6 +66,11 @@ STEPS: dict[str, str] = {
     "bitdelta.rest": "compression_worker.methods.bitdelta.compress:rest_step",
     "bitdelta.distill": "compression_worker.methods.bitdelta.compress:distill_step",
     "bitdelta.assemble": "compression_worker.methods.bitdelta.compress:assemble_step",
+    "deltadq.plan": "compression_worker.methods.deltadq.compress:plan_step",
+    "deltadq.search": "compression_worker.methods.deltadq.compress:search_step",
+    "deltadq.layer": "compression_worker.methods.deltadq.compress:layer_step",
+    "deltadq.rest": "compression_worker.methods.deltadq.compress:rest_step",
+    "deltadq.assemble": "compression_worker.methods.deltadq.compress:assemble_step",
     "evaluation.plan": "compression_worker.evaluation.steps:plan_step",
     "evaluation.target": "compression_worker.evaluation.steps:target_step",
     "evaluation.summary": "compression_worker.evaluation.steps:summary_step",
@@ -87,6 +100,10 @@ NEEDS: dict[str, Need] = {
     "bitdelta.rest": Need(work="compression_worker.methods.bitdelta.estimate:rest_work"),
     "bitdelta.distill": Need(device=True, work="compression_worker.methods.bitdelta.estimate:distill_work"),
     "bitdelta.assemble": Need(work="compression_worker.methods.bitdelta.estimate:assemble_work"),
+    "deltadq.search": Need(device=True, work="compression_worker.methods.deltadq.estimate:search_work"),
+    "deltadq.layer": Need(work="compression_worker.methods.deltadq.estimate:layer_work"),
+    "deltadq.rest": Need(work="compression_worker.methods.deltadq.estimate:rest_work"),
+    "deltadq.assemble": Need(work="compression_worker.methods.deltadq.estimate:assemble_work"),
     "evaluation.target": Need(device=True, work="compression_worker.evaluation.estimate:target_work"),
     "evaluation.summary": Need(work="compression_worker.evaluation.estimate:summary_work"),
     "release.rehearse": Need(device=True, work="compression_worker.preflight:source_work"),

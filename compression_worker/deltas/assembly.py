@@ -22,7 +22,8 @@ class Parcel:
     """What a method hands over: its name and layout, table lines of its linears, figures, and how a line weighs.
 
     ``blobs`` are its own files, those of the rest step among them. ``libraries`` beside torch and safetensors decided
-    the bytes. ``name_hint`` is what an artifact is called until a person says otherwise.
+    the bytes. ``nominal_ratio`` is as the paper counts, where that is not by bytes. ``name_hint`` is what an artifact
+    is called until a person says otherwise.
     """
 
     method: str
@@ -34,6 +35,7 @@ class Parcel:
     weigh: Weigh
     name_hint: str
     libraries: tuple[str, ...] = ()
+    nominal_ratio: float | None = None
 
 
 def assemble(context: StepContext, parcel: Parcel) -> StepOutput:
@@ -81,7 +83,7 @@ def _manifest(
         tensors=tensors,
         aliases=variant.manifest["aliases"],
         layout=parcel.layout,
-        book=book(tensors, files, side, source, parcel.weigh),
+        book=book(tensors, files, side, source, parcel.weigh, parcel.nominal_ratio),
         figures=parcel.figures,
         side_files=side,
         code_version=CODE_VERSION,

@@ -50,9 +50,17 @@ def relative_error(error: float, energy: float) -> float:
 
 
 def book(
-    tensors: Mapping[str, Json], files: Mapping[str, Json], side_files: Iterable[str], source: Json, weigh: Weigh
+    tensors: Mapping[str, Json],
+    files: Mapping[str, Json],
+    side_files: Iterable[str],
+    source: Json,
+    weigh: Weigh,
+    nominal_ratio: float | None = None,
 ) -> Json:
-    """The manifest's ledger: bytes by part, adding up to all ``files``. ``source``: weight bytes and parameters."""
+    """The manifest's ledger: bytes by part, adding up to all ``files``. ``source``: weight bytes and parameters.
+
+    ``nominal_ratio`` is the paper's count; where it is None, it is taken from the bytes of codes and scales.
+    """
     sizes = dict.fromkeys(ledger.PARTS, 0)
     coded_bytes = 0
     for tensor in tensors.values():
@@ -68,7 +76,8 @@ def book(
     sizes["side files"] = sum(files[name]["size"] for name in side_files)
     sizes["headers"] = sum(entry["size"] for entry in files.values()) - sum(sizes.values())
     parts = ledger.listed(sizes)
-    return {"parts": parts, "nominal_ratio": six_digits(ledger.nominal_ratio(coded_bytes, parts)), **source}
+    nominal = ledger.nominal_ratio(coded_bytes, parts) if nominal_ratio is None else nominal_ratio
+    return {"parts": parts, "nominal_ratio": six_digits(nominal), **source}
 
 
 def file_line(size: int) -> Json:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
+from compression_worker.bounds import one_of, positive, whole_number
 from compression_worker.contracts import CompressionError
 
 SCALES = ("tensor", "row", "column", "group")
@@ -152,7 +152,7 @@ class BitDeltaConfig:
     def __post_init__(self) -> None:
         for name in ("target_ratio", "target_kl"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name), 10_000.0)
+                positive(name, getattr(self, name), 10_000.0)
         if self.target_ratio is not None and self.target_kl is not None:
             raise CompressionError("bad_setting", "target_ratio and target_kl are both set: choose one of them")
         if self.target_kl is not None and self.distill_steps:
@@ -161,18 +161,18 @@ class BitDeltaConfig:
                 f"distill_steps is {self.distill_steps}; with a target_kl it must be 0, because training the scales "
                 "afterwards would move away from the target",
             )
-        _one_of("embeddings", self.embeddings, ROWS)
-        _one_of("scale", self.scale, SCALES)
-        _whole_number("group_size", self.group_size, 8, 65_536)
-        _whole_number("masks", self.masks, 1, 8)
-        _whole_number("residual_rank", self.residual_rank, 0, 4096)
-        _one_of("scale_fit", self.scale_fit, FITS)
-        _whole_number("distill_steps", self.distill_steps, 0, 100_000)
-        _whole_number("batch_size", self.batch_size, 1, 1024)
-        _whole_number("sequence_length", self.sequence_length, 2, 32_768)
-        _positive("learning_rate", self.learning_rate, 1.0)
-        _one_of("learning_rate_unit", self.learning_rate_unit, UNITS)
-        _one_of("schedule", self.schedule, SCHEDULES)
+        one_of("embeddings", self.embeddings, ROWS)
+        one_of("scale", self.scale, SCALES)
+        whole_number("group_size", self.group_size, 8, 65_536)
+        whole_number("masks", self.masks, 1, 8)
+        whole_number("residual_rank", self.residual_rank, 0, 4096)
+        one_of("scale_fit", self.scale_fit, FITS)
+        whole_number("distill_steps", self.distill_steps, 0, 100_000)
+        whole_number("batch_size", self.batch_size, 1, 1024)
+        whole_number("sequence_length", self.sequence_length, 2, 32_768)
+        positive("learning_rate", self.learning_rate, 1.0)
+        one_of("learning_rate_unit", self.learning_rate_unit, UNITS)
+        one_of("schedule", self.schedule, SCHEDULES)
 
     @property
     def chooses(self) -> bool:
@@ -188,18 +188,3 @@ class BitDeltaConfig:
     def calibrates(self) -> bool:
         """Whether a calibration text is needed."""
         return self.senses or self.distill_steps > 0
-
-
-def _whole_number(name: str, value: object, low: int, high: int) -> None:
-    if type(value) is not int or not low <= value <= high:
-        raise CompressionError("bad_setting", f"{name} is {value!r}; it must be a whole number from {low} to {high:,}")
-
-
-def _positive(name: str, value: object, high: float) -> None:
-    if type(value) not in (int, float) or not math.isfinite(float(str(value))) or not 0 < float(str(value)) <= high:
-        raise CompressionError("bad_setting", f"{name} is {value!r}; it must be above 0 and at most {high:g}")
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise CompressionError("bad_setting", f"{name} is {value!r}; it may be one of {', '.join(choices)}")
