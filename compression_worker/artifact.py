@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +39,8 @@ KEYS = frozenset(
         *("figures", "side_files", "code_version", "libraries", "self_sha256"),
     }
 )
+SHARED = "shared"
+"""Optional key: side files that are the base's own and lie in no file of the artifact, by name."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,16 @@ class Artifact:
         """The artifact whose ``manifest.json`` is the blob ``digest``."""
         raw = store.read_bytes(digest)
         manifest = parse_manifest(raw)
-        paths = {name: store.path(entry["sha256"]) for name, entry in manifest["files"].items()}
+        listed = {**manifest["files"], **manifest.get(SHARED, {})}
+        paths = {name: store.path(entry["sha256"]) for name, entry in listed.items()}
         return cls(manifest, len(raw), digest, paths)
+
+    def with_base(self, base: Checkpoint) -> Artifact:
+        """The same with the side files that it shares with ``base``, which has to be its base."""
+        self.require_base(base)
+        shared = self.manifest.get(SHARED, {})
+        paths = {name: base.store.path(entry["sha256"]) for name, entry in shared.items()}
+        return replace(self, paths={**self.paths, **paths})
 
     @cached_property
     def config(self) -> Json:
@@ -126,7 +136,7 @@ class Artifact:
 
     def side_files(self) -> dict[str, Path]:
         """The variant's config, tokenizer and other small files, by name."""
-        return {name: self.paths[name] for name in self.manifest["side_files"]}
+        return {name: self.paths[name] for name in self.manifest["side_files"] if name in self.paths}
 
 
 def make_manifest(
@@ -145,8 +155,9 @@ def make_manifest(
     side_files: Iterable[str],
     code_version: str,
     libraries: Mapping[str, str],
+    shared: Mapping[str, Json] | None = None,
 ) -> bytes:
-    """The bytes of ``manifest.json``."""
+    """The bytes of ``manifest.json``. ``shared``: side files that are the base's own, by name."""
     value: Json = {
         "format": FORMAT,
         "method": method,
@@ -164,6 +175,8 @@ def make_manifest(
         "code_version": code_version,
         "libraries": dict(libraries),
     }
+    if shared:
+        value[SHARED] = dict(shared)
     return canonical_json(value | {"self_sha256": sha256(canonical_json(value))})
 
 
@@ -177,11 +190,12 @@ def parse_manifest(raw: bytes) -> Json:
         known = f"this version reads {FORMAT} only"
         raise CompressionError("unknown_format", f"the artifact has format {value.get('format')!r}; {known}")
     body = {key: item for key, item in value.items() if key != "self_sha256"}
-    if value.keys() != KEYS or value["self_sha256"] != sha256(canonical_json(body)) or raw != canonical_json(value):
+    known_keys = value.keys() - {SHARED} == KEYS
+    if not known_keys or value["self_sha256"] != sha256(canonical_json(body)) or raw != canonical_json(value):
         raise CompressionError(
             "damaged_manifest", f"{MANIFEST} does not match its own digest: it was changed or damaged"
         )
-    for name in value["files"]:
+    for name in (*value["files"], *value.get(SHARED, {})):
         if not FILE_NAME.fullmatch(name):
             raise CompressionError("bad_path", f"{MANIFEST} names the file {name!r}, which is no plain file name")
     for name, tensor in value["tensors"].items():
@@ -189,7 +203,8 @@ def parse_manifest(raw: bytes) -> Json:
             raise CompressionError(
                 "unknown_format", f"{MANIFEST} stores tensor {name!r} in a way unknown to this version"
             )
-    if not {"config.json", *value["side_files"]} <= value["files"].keys():
+    shared = value.get(SHARED, {}).keys()
+    if "config.json" not in value["files"] or not set(value["side_files"]) <= value["files"].keys() | shared:
         raise CompressionError("damaged_manifest", f"{MANIFEST} lacks files that it speaks of")
     catalog.method(value["method"])
     return value
@@ -254,7 +269,7 @@ def restore(base: Checkpoint, artifact: Artifact, out: Path, progress: Callable[
     """
     from compression_worker.tensors import write_file
 
-    artifact.require_base(base)
+    artifact = artifact.with_base(base)
     artifact.require_whole()
     implementation = _implementation(artifact)
     with implementation.open_merged(base, artifact) as merged, NewFolder(out) as folder:
@@ -307,7 +322,10 @@ def load_model(
 
 
 def load_artifact_tokenizer(artifact: Artifact) -> Any:
-    """The variant's tokenizer, from the files that the artifact carries."""
+    """The variant's tokenizer, from the files that the artifact carries and those that it shares with its base.
+
+    An artifact in a folder knows the latter through :meth:`Artifact.with_base`.
+    """
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:

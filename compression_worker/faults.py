@@ -43,8 +43,6 @@ POINTS: Final[dict[str, str]] = {
     "import.hashed": "a file of an import is in the store",
     "import.manifest": "the manifest of an import is about to be stored",
     "bitdelta.matrix": "a matrix is packed, not yet written",
-    "deltadq.matrix": "a matrix is dropped and quantized, not yet written",
-    "deltadq.grids": "the grids of an artifact are stored, its files not yet hashed",
     "delta.rest": "the tensors that are kept as they are, are about to be written",
     "artifact.scales": "the scales of an artifact are stored, its files not yet hashed",
     "artifact.manifest": "the manifest of an artifact is about to be stored",

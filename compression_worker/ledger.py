@@ -1,6 +1,7 @@
 """Every byte of an artifact by part, and the ratios that follow.
 
-*True ratio*: bytes of the variant's weight files / bytes of the whole artifact, manifest and tokenizer included.
+*True ratio*: bytes of the variant's weight files / bytes of the whole artifact, manifest and tokenizer included (a
+vocabulary that is the base's own, byte for byte, lies with the base and is not stored again).
 *Nominal ratio*: bytes of the compressed matrices in the variant's dtype / bytes of their codes and scales, padding
 included. It says what the method does to the weights it touches (about 16 for one bit in place of bf16) and is silent
 about embeddings, head and norms, which is why it stands beside the true ratio and never instead of it.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
 from compression_worker import gate
 from compression_worker.artifact import MANIFEST, Artifact, make_manifest
-from compression_worker.checkpoints import Checkpoint
+from compression_worker.checkpoints import VOCABULARY_FILES, Checkpoint
 from compression_worker.contracts import CODE_VERSION, Json, StepContext, StepOutput
 from compression_worker.deltas.pair import opened
 from compression_worker.deltas.table import Weigh, base_entry, book, raw_entry
@@ -41,21 +41,23 @@ class Parcel:
 def assemble(context: StepContext, parcel: Parcel) -> StepOutput:
     """Hash every file of the artifact again, write its manifest, and say what a job records."""
     base, variant = (opened(context, name) for name in ("base", "variant"))
-    side = _side_files(variant)
+    side, shared = side_files(base, variant)
     blobs = {**parcel.blobs, **side}
     for done, _ in enumerate(each()(context.store.verify, blobs.values()), start=1):
         context.progress(done, len(blobs), "files")
     files = {name: {"sha256": digest, "size": context.store.size(digest)} for name, digest in blobs.items()}
-    raw = _manifest(context, parcel, base, variant, files, sorted(side))
+    raw = _manifest(context, parcel, base, variant, files, side, shared)
     failpoint("artifact.manifest")
     digest = context.store.write_bytes(raw)
     return StepOutput(blobs={**blobs, MANIFEST: digest}, data=_result(context, digest, parcel.name_hint))
 
 
-def _side_files(variant: Checkpoint) -> dict[str, str]:
-    files = variant.manifest["files"].items()
-    kept = (gate.INDEX_FILE, MANIFEST)
-    return {name: file["sha256"] for name, file in files if not name.endswith(".safetensors") and name not in kept}
+def side_files(base: Checkpoint, variant: Checkpoint) -> tuple[dict[str, str], dict[str, Json]]:
+    """The variant's files beside its weights: those to store, by digest, and vocabularies that are the base's own."""
+    ours, theirs = base.manifest["files"], variant.manifest["files"]
+    names = [name for name in theirs if not name.endswith(".safetensors") and name not in (gate.INDEX_FILE, MANIFEST)]
+    shared = {name: theirs[name] for name in names if name in VOCABULARY_FILES and ours.get(name) == theirs[name]}
+    return {name: theirs[name]["sha256"] for name in names if name not in shared}, shared
 
 
 def _manifest(
@@ -64,7 +66,8 @@ def _manifest(
     base: Checkpoint,
     variant: Checkpoint,
     files: Mapping[str, Json],
-    side: Iterable[str],
+    side: Collection[str],
+    shared: Mapping[str, Json],
 ) -> bytes:
     theirs = variant.manifest["tensors"]
     tensors = dict(parcel.lines) | dict(parcel.rest.data.get("rows", {}))
@@ -85,7 +88,8 @@ def _manifest(
         layout=parcel.layout,
         book=book(tensors, files, side, source, parcel.weigh, parcel.nominal_ratio),
         figures=parcel.figures,
-        side_files=side,
+        side_files=[*side, *shared],
+        shared=shared,
         code_version=CODE_VERSION,
         libraries={name: version(name) for name in sorted({"safetensors", "torch", *parcel.libraries})},
     )

@@ -110,7 +110,7 @@ def _load_target(context: StepContext, target: Path, base: Path | None) -> tuple
     artifact = Artifact.open_folder(target)
     checkpoint = Checkpoint.open(context.store, attach_folder(context.store, base))
     model = load_artifact_model(checkpoint, artifact, context.device, torch.float32)
-    return model, load_artifact_tokenizer(artifact)
+    return model, load_artifact_tokenizer(artifact.with_base(checkpoint))
 
 
 def _load_checkpoint(context: StepContext, folder: Path) -> tuple[Any, Any]:

@@ -75,7 +75,7 @@ def on_base(base: Checkpoint, artifact: Artifact, device: str, abandoned: Abando
     if abandoned():
         raise LoadAbandoned
     model = load_compressed(base, artifact, device, answering_dtype(device))
-    return finished(artifact.digest, model, load_artifact_tokenizer(artifact), abandoned)
+    return finished(artifact.digest, model, load_artifact_tokenizer(artifact.with_base(base)), abandoned)
 
 
 def finished(digest: str, model: Any, tokenizer: Any, abandoned: Abandoned) -> Resident:

@@ -167,7 +167,7 @@ def test_a_restored_folder_loads_and_answers_as_the_artifact_does(made: Path, tm
     assert torch.equal(restored(tokens).logits, loaded(tokens).logits)
     for name, tensor in restored.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
-    tokenizer = artifacts.load_artifact_tokenizer(Artifact.open_folder(made / "artifact"))
+    tokenizer = artifacts.load_artifact_tokenizer(Artifact.open_folder(made / "artifact").with_base(base))
     assert tokenizer.decode(tokenizer("The fox")["input_ids"]) == "The fox"
 
 

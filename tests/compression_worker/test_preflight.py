@@ -135,6 +135,7 @@ def test_every_declared_need_is_of_a_kind_of_step_and_its_work_can_be_loaded() -
         "bitdelta.choose",
         "bitdelta.distill",
         "bitdelta.sense",
+        "deltadq.search",
         "evaluation.target",
         "release.rehearse",
     }

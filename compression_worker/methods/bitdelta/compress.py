@@ -38,6 +38,7 @@ from compression_worker.methods.bitdelta.config import CHUNK_STEPS, BitDeltaConf
 from compression_worker.methods.bitdelta.finish import matrix_figures, scale_vectors, table_lines
 from compression_worker.methods.bitdelta.merge import MergedSigns, load_model
 from compression_worker.methods.bitdelta.training import distill_step
+from compression_worker.settings import completed
 from compression_worker.tensors import Spec, TensorFile, TensorFiles, header_bytes, raw_bytes, write_file
 from kernels.sign_pack.reference import TILE_ELEMENTS, SignPack, sign_pack, sign_pack_tiles
 
@@ -105,9 +106,7 @@ def parse_config(value: Json) -> BitDeltaConfig:
         raise CompressionError(
             "bad_setting", f"BitDelta has no setting '{unknown[0]}'; known: {', '.join(sorted(known))}"
         )
-    if value.get("target_kl") is not None and "distill_steps" not in value:
-        value = value | {"distill_steps": 0}
-    return BitDeltaConfig(**value)
+    return BitDeltaConfig(**completed(BitDeltaConfig, value))
 
 
 def layer_step(context: StepContext) -> StepOutput:

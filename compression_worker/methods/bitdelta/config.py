@@ -106,7 +106,11 @@ class BitDeltaConfig:
 
     distill_steps: int = field(
         default=200,
-        metadata={"label": "Distillation steps", "help": "Training steps of the scales. 0 keeps the initial scales."},
+        metadata={
+            "label": "Distillation steps",
+            "help": "Training steps of the scales. 0 keeps the initial scales.",
+            "default_with": {"target_kl": 0},
+        },
     )
     batch_size: int = field(
         default=4,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compression_worker import gate
 from compression_worker.architecture import Linear
-from compression_worker.artifact import MANIFEST, make_manifest
+from compression_worker.artifact import make_manifest
 from compression_worker.contracts import Json, StepContext
+from compression_worker.deltas.assembly import side_files
 from compression_worker.deltas.pair import opened
 from compression_worker.deltas.rows import pieces_shapes
 from compression_worker.deltas.table import (
@@ -52,8 +52,9 @@ def foretold_bytes(context: StepContext, codings: Mapping[str, Coding], rows: Ma
             by_row |= pieces_shapes(name, spec, coding)
             line = {"kind": "rows", "file": ROWS_FILE, "coding": coding, "changed": spec.shape[0], "bytes": size}
             tensors[name] = {**raw_entry(spec, parts[name], DIGEST), **line}
-    side = _side_files(variant.manifest)
-    files = {name: file_line(size) for name, size in side.items()}
+    side, shared = side_files(base, variant)
+    sizes = variant.manifest["files"]
+    files = {name: file_line(sizes[name]["size"]) for name in side}
     for block in {linear.block for linear in linears}:
         members = [(linear, codings[linear.name]) for linear in linears if linear.block == block]
         files[layout.codes_file(block)] = file_line(file_size(layout.codes_specs(members)))
@@ -65,7 +66,7 @@ def foretold_bytes(context: StepContext, codings: Mapping[str, Coding], rows: Ma
     source = {"source_bytes": variant.manifest["weight_bytes"], "parameters": variant.manifest["parameters"]}
     written = book(tensors, files, side, source, layout.weigh)
     return sum(file["size"] for file in files.values()) + _manifest_bytes(
-        context, tensors, files, written, side, codings
+        context, tensors, files, written, list(side), shared, codings
     )
 
 
@@ -86,18 +87,13 @@ def _linear_lines(
     return tensors, plain, fine
 
 
-def _side_files(manifest: Json) -> dict[str, int]:
-    kept = (gate.INDEX_FILE, MANIFEST)
-    files = manifest["files"].items()
-    return {name: file["size"] for name, file in files if not name.endswith(".safetensors") and name not in kept}
-
-
 def _manifest_bytes(
     context: StepContext,
     tensors: Mapping[str, Json],
     files: Mapping[str, Json],
     written: Json,
-    side: Mapping[str, int],
+    side: list[str],
+    shared: Mapping[str, Json],
     codings: Mapping[str, Coding],
 ) -> int:
     figures = {
@@ -122,7 +118,8 @@ def _manifest_bytes(
         layout=layout.FINER_LAYOUT,
         book=written,
         figures=figures,
-        side_files=list(side),
+        side_files=[*side, *shared],
+        shared=shared,
         code_version="1",
         libraries={"torch": "2.13.0+cpu", "safetensors": "0.8.0"},
     )

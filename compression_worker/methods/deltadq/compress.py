@@ -25,7 +25,6 @@ from compression_worker.deltas.kept import BY_ROW, keep_rest
 from compression_worker.deltas.pair import check_pair, open_pair, opened, whole_delta
 from compression_worker.deltas.table import relative_error
 from compression_worker.deltas.threads import each, one_thread_per_operation
-from compression_worker.faults import failpoint
 from compression_worker.methods.deltadq import layout
 from compression_worker.methods.deltadq.config import UNQUANTIZED, DeltaDQConfig
 from compression_worker.methods.deltadq.merge import MergedSparse, load_model
@@ -97,7 +96,6 @@ def layer_step(context: StepContext) -> StepOutput:
     with open_pair(context, [linear.name for linear in linears]) as pair, one_thread_per_operation():
         coded = each()(partial(_code, pair, config.num_bits), linears, dropouts)
         for linear, dropout, (line, data) in zip(linears, dropouts, coded, strict=True):
-            failpoint("deltadq.matrix")
             lines[linear.name] = line | {"linear": asdict(linear), "place": dropout.tensor}
             tensors[linear.name] = Spec("U8", (len(data),)), [memoryview(data)]
             context.progress(len(lines), len(linears), "matrices")
@@ -125,7 +123,6 @@ def assemble_step(context: StepContext) -> StepOutput:
     with context.store.writer() as blob:
         specs = layout.grids_specs(len(lines))
         write_file(blob, {name: (spec, [raw_bytes(grids[name])]) for name, spec in specs.items()})
-    failpoint("deltadq.grids")
     theirs = opened(context, "variant").manifest["tensors"]
     table = {
         name: layout.sparse_entry(Linear(**line["linear"]), theirs[name]["dtype"], line["place"], line)
