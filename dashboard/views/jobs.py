@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from urllib.parse import urlencode
 
 from django.contrib import messages
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
@@ -12,7 +13,7 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 
 from compression_worker.catalog import METHODS
 from dashboard.forms.config import as_data, change_marks
-from dashboard.forms.jobs import JobFilterForm, MethodForm, clone_initial
+from dashboard.forms.jobs import JobFilterForm, MethodForm, clone_initial, shared_values
 from dashboard.lifecycle import CancelRequest, JobKind, Refused
 from dashboard.models import Job, Priority
 from dashboard.permissions import rule
@@ -46,8 +47,8 @@ def job_list(request: HttpRequest) -> HttpResponse:
 @require_GET
 def job_new(request: HttpRequest) -> HttpResponse:
     """The method cards."""
-    cards = [(name, method, sizes.typical_ratio(name)) for name, method in METHODS.items()]
-    return render(request, "jobs/new.html", {"cards": cards, "variant": request.GET.get("variant", "")})
+    carried = {"variant": request.GET["variant"]} if request.GET.get("variant") else {}
+    return render(request, "jobs/new.html", {"cards": sizes.method_cards(), "carried": urlencode(carried)})
 
 
 @rule("job.create")
@@ -67,12 +68,16 @@ def job_create(request: SignedInRequest, method: str) -> HttpResponse:
             job, status = attempt(form, lambda: _compress(request, method, form, original))
             if job is not None:
                 return redirect("job-detail", job.pk)
+    marks = change_marks(form, before)
     context = {
         "form": form,
+        "cards": sizes.method_cards(),
+        "carried": urlencode(shared_values(form)),
         "method": METHODS[method],
         "name": method,
         "original": original,
-        "marks": change_marks(form, before),
+        "marks": marks,
+        "sections": form.sections(marks),
         "sizes": sizes.predictions(method),
         **preview(request, form, MethodForm(as_data(form), method=method)),
     }
