@@ -14,11 +14,11 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from compression_worker.catalog import METHODS
 from dashboard.forms.config import as_data, change_marks
 from dashboard.forms.jobs import JobFilterForm, MethodForm, clone_initial, shared_values
-from dashboard.lifecycle import CancelRequest, JobKind, Refused
+from dashboard.lifecycle import CancelRequest, JobKind, JobState, Refused
 from dashboard.models import Job, Priority
 from dashboard.permissions import rule
-from dashboard.pictures import curve_picture, strip_picture, timeline_picture
-from dashboard.selectors import jobs, outcomes, promises, sizes, waiting
+from dashboard.pictures import coding_picture, curve_picture, heatmap_picture, ledger_picture, timeline_picture
+from dashboard.selectors import jobs, outcomes, promises, registry, sizes, waiting
 from dashboard.services.jobs import compression_create, job_cancel, job_reprioritise, job_retry
 from dashboard.views.answers import SignedInRequest, attempt, found, live, wants_region
 from dashboard.views.previews import original_job, preview
@@ -108,12 +108,16 @@ def job_detail(request: HttpRequest, pk: int) -> HttpResponse:
     def context() -> dict[str, object]:
         steps = jobs.job_steps(job)
         progress = jobs.job_progress(job, steps)
+        made = registry.artifact_of_job(job) if job.state == JobState.SUCCEEDED else None
+        matrices = registry.matrices(made.figures) if made else jobs.matrices_so_far(steps)
         return {
             "job": job,
             "steps": steps,
             "progress": progress,
             "timeline": timeline_picture(jobs.timeline_columns(steps)),
-            "strip": strip_picture(jobs.matrix_errors_so_far(steps)),
+            "ledger": ledger_picture(made.ledger, made.source_bytes) if made else None,
+            "heatmap": heatmap_picture(matrices),
+            "coding": coding_picture(matrices),
             "curve": curve_picture(jobs.losses_so_far(steps)),
             "log": jobs.log_tail(job),
             "wait": waiting.job_wait(job),
