@@ -72,6 +72,7 @@ def job_create(request: SignedInRequest, method: str) -> HttpResponse:
     context = {
         "form": form,
         "cards": sizes.method_cards(),
+        "has_choice": len(METHODS) > 1,
         "carried": urlencode(shared_values(form)),
         "method": METHODS[method],
         "name": method,
