@@ -15,7 +15,11 @@ from dashboard.pictures.matrices import NUMBERS, ROW, Cell, Layout, Matrix, grid
 from dashboard.pictures.svg import Picture, cut, drawing, rect, text, width_of
 
 TONES = 8
-SIGNS = {"tensor": "T", "row": "R", "column": "C", "raw": "=", "group": "G", "masks": "M", "mask": "M", "rank": "r"}
+SIGNS = {
+    "tensor": "T", "row": "R", "column": "C", "group": "G", "masks": "M", "rank": "r", "raw": "=", "dropped": "×",
+    "sign": "S",
+}  # fmt: skip
+LONGEST_SIGN = 9
 MIXED = "…"
 
 
@@ -30,7 +34,7 @@ def coding_picture(matrices: Sequence[Matrix]) -> Picture | None:
         by_coding[one.coding].append(one)
     ordered = sorted(by_coding, key=lambda coding: (-len(by_coding[coding]), coding))
     signs = sign_table(ordered)
-    layout = Layout.of(shown)
+    layout = Layout.of(shown, cell=max(width_of(sign, 10) for sign in signs.values()) + 8)
     title = _("Most matrices are stored by %(coding)s: %(count)s of %(total)s") % {
         "coding": ordered[0], "count": len(by_coding[ordered[0]]), "total": len(known),
     }  # fmt: skip
@@ -58,7 +62,10 @@ def sign_table(codings: Sequence[str]) -> dict[str, str]:
     signs: dict[str, str] = {}
     for coding in codings:
         pieces = re.findall(r"\d+|[^\W\d]+", coding)
-        sign = "".join(SIGNS.get(piece, piece if piece.isdecimal() else piece[:2]) for piece in pieces)[:6] or "?"
+        sign = (
+            "".join(SIGNS.get(piece, piece if piece.isdecimal() else piece[:2]) for piece in pieces)[:LONGEST_SIGN]
+            or "?"
+        )
         while sign in signs.values():
             sign += "'"
         signs[coding] = sign

@@ -154,12 +154,13 @@ class Layout:
     panels: int
 
     @classmethod
-    def of(cls, shown: Grid) -> Layout:
+    def of(cls, shown: Grid, *, cell: float = 0) -> Layout:
+        """``cell``: how wide cells have to be at least."""
         count = len(shown.blocks)
         panels = 1 if count <= SINGLE_PANEL else -(-count // PANEL_ROWS)
         widest = max((width_of(kind) for kind in shown.kinds), default=0) + 8
         room = 64 if panels == 1 else 34
-        return cls(shown, max(room, min(widest, 110)), -(-count // panels), panels)
+        return cls(shown, max(room, cell, min(widest, 110)), -(-count // panels), panels)
 
     @property
     def panel_width(self) -> float:

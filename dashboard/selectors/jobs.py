@@ -265,15 +265,23 @@ def matrices_so_far(steps: Sequence[Step]) -> list[Matrix]:
         if step.group != "layer" or step.state != StepState.DONE:
             continue
         found += from_figures(step.data.get("matrices") or [])
-        found += [Matrix(name, _sign_error(line)) for name, line in step.data.get("linears", {}).items()]
+        found += [Matrix(name, _line_error(line)) for name, line in step.data.get("linears", {}).items()]
     return found
 
 
-def _sign_error(line: Mapping[str, Any]) -> float:
-    """The relative error of one sign per weight with its initial scale: ``|D - scale * S| / |D|``."""
-    elements = line["linear"]["outputs"] * line["linear"]["inputs"]
-    kept = line["sum_abs"] ** 2 / (elements * line["sum_squares"]) if line["sum_squares"] else 1.0
-    return math.sqrt(max(0.0, 1.0 - kept))
+def _line_error(line: Mapping[str, Any]) -> float | None:
+    """The relative error of one matrix from the sums that its step left.
+
+    Either the whole squared error was summed, or it follows from one sign per weight with its initial scale:
+    ``|D - scale * S| / |D|``.
+    """
+    squares = line.get("sum_squares")
+    if not squares:
+        return 0.0 if squares == 0 else None
+    if "sum_abs" in line:
+        elements = line["linear"]["outputs"] * line["linear"]["inputs"]
+        return math.sqrt(max(0.0, 1.0 - line["sum_abs"] ** 2 / (elements * squares)))
+    return math.sqrt(max(0.0, line["error"] / squares)) if "error" in line else None
 
 
 def losses_so_far(steps: Sequence[Step]) -> list[float]:

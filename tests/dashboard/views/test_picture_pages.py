@@ -59,6 +59,24 @@ def test_a_step_may_tell_of_its_matrices_as_an_artifact_does(world: SimpleNamesp
     assert (one.name, one.error, one.coding) == ("model.layers.0.mlp.up_proj", 0.25, "row")
 
 
+LINEAR = {"outputs": 2, "inputs": 8}
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ({"linear": LINEAR, "sum_abs": 8.0, "sum_squares": 5.0}, 0.4472),  # 1 - 64 / (16 * 5) = 0.2
+        ({"linear": LINEAR, "coding": {"scale": "row"}, "error": 0.45, "sum_squares": 5.0}, 0.3),
+        ({"linear": LINEAR, "sum_abs": 0.0, "sum_squares": 0.0}, 0.0),
+        ({"linear": LINEAR}, None),
+    ],
+)
+def test_errors_of_a_running_job_follow_from_the_sums_of_its_steps(line: dict[str, Any], error: float | None) -> None:
+    step = Step(group="layer", state=StepState.DONE, data={"linears": {"model.layers.0.a": line}})
+    (one,) = matrices_so_far([step])
+    assert one.error == (None if error is None else pytest.approx(error, abs=1e-4))
+
+
 def test_an_artifact_shows_how_its_matrices_are_stored_where_that_differs(
     world: SimpleNamespace, client: Client
 ) -> None:
