@@ -14,6 +14,7 @@ from typing import Any
 
 from django import forms
 from django.utils.html import format_html
+from django.utils.translation import gettext
 from django.utils.translation import gettext as translated
 from django.utils.translation import gettext_lazy as _
 
@@ -32,7 +33,7 @@ def config_fields(config: type[Any], *, leave_out: frozenset[str] = frozenset())
 
 def _field(one: Field[Any]) -> forms.Field:
     kind, is_optional = _kind(one)
-    empty = translated(one.metadata["empty"]) if one.metadata.get("empty") else translated("not set")
+    empty = translated(one.metadata["empty"]) if one.metadata.get("empty") else gettext("not set")
     common: dict[str, Any] = {
         "label": translated(config_label(one)),
         "help_text": _help(one, empty),
@@ -75,7 +76,7 @@ def _help(one: Field[Any], empty: str) -> str:
     default = default_words(one.default, empty)
     if not default:
         return words
-    said = translated("Default: %(value)s") % {"value": default}
+    said = gettext("Default: %(value)s") % {"value": default}
     return format_html('{} <span class="default">{}</span>', words, said)
 
 
@@ -84,7 +85,7 @@ def default_words(value: object, empty: str) -> str:
     if value is None:
         return empty
     if isinstance(value, bool):
-        return translated("yes") if value else translated("no")
+        return gettext("yes") if value else gettext("no")
     return str(value)
 
 
@@ -143,8 +144,8 @@ class ConfigForm(forms.Form):
         parts = [
             Section("subject", str(self.subject), self._bound(own)),
             *(Section("settings", _legend(group), self._bound(names)) for group, names in groups.items()),
-            Section("more", translated("More settings"), self._bound(folded), True, self._deserves(folded, marks)),
-            Section("queueing", translated("When and where it runs"), self._bound(queueing)),
+            Section("more", gettext("More settings"), self._bound(folded), True, self._deserves(folded, marks)),
+            Section("queueing", gettext("When and where it runs"), self._bound(queueing)),
         ]
         return [part for part in parts if part.fields]
 
@@ -160,7 +161,7 @@ class ConfigForm(forms.Form):
 
 
 def _legend(group: str) -> str:
-    return translated(group) if group else translated("Settings")
+    return translated(group) if group else gettext("Settings")
 
 
 def queue_field(queues: list[str], chosen: str) -> forms.ChoiceField:
