@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 from compression_worker.contracts import CompressionError, Json
@@ -14,7 +14,7 @@ def listed(config: type[Any]) -> list[Json]:
     return [
         {
             "name": field.name,
-            "type": type(field.default).__name__,
+            "type": kind_of(field)[0].__name__,
             "default": field.default,
             "help": field.metadata.get("help", ""),
             "choices": list(field.metadata.get("choices", ())),
@@ -23,18 +23,30 @@ def listed(config: type[Any]) -> list[Json]:
     ]
 
 
+KINDS: dict[str, type[Any]] = {one.__name__: one for one in (bool, int, float, str)}
+
+
+def kind_of(field: Field[Any]) -> tuple[type[Any], bool]:
+    """The type of a setting, and whether it may be left empty: ``float | None`` is a number that may."""
+    names = [name.strip() for name in str(field.type).split("|")]
+    kinds = [KINDS[name] for name in names if name in KINDS]
+    return kinds[0] if kinds else type(field.default), "None" in names
+
+
 def parsed(config: type[Any], given: Iterable[str]) -> Json:
     """All settings of ``config``, with those of ``given`` (``key=value``) in place of their defaults.
 
-    What cannot be understood is a mistake in the command (code ``usage``); what cannot work is refused by the class.
+    An optional setting that is given without a value is not set. What cannot be understood is a mistake in the command
+    (code ``usage``); what cannot work is refused by the class.
     """
-    defaults = {field.name: field.default for field in fields(config)}
-    values = dict(defaults)
+    known = {field.name: field for field in fields(config)}
+    values = {name: field.default for name, field in known.items()}
     for pair in given:
         name, equals, text = pair.partition("=")
-        if not equals or name not in defaults:
-            raise CompressionError("usage", f"'{pair}' sets nothing: use NAME=VALUE with one of {', '.join(defaults)}")
-        values[name] = _value(name, text, type(defaults[name]))
+        if not equals or name not in known:
+            raise CompressionError("usage", f"'{pair}' sets nothing: use NAME=VALUE with one of {', '.join(known)}")
+        kind, is_optional = kind_of(known[name])
+        values[name] = None if is_optional and not text else _value(name, text, kind)
     return values
 
 

@@ -8,7 +8,7 @@ given.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
@@ -19,11 +19,11 @@ from django.utils.translation import gettext as translated
 from django.utils.translation import gettext_lazy as _
 
 from compression_worker.contracts import CompressionError
+from compression_worker.settings import kind_of
 from dashboard.selectors.outcomes import config_label
 from dashboard.selectors.queues import default_queue, offered_queues
 
 LONG_TEXT = frozenset({"prompts"})
-NUMBERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
 
 
 def config_fields(config: type[Any], *, leave_out: frozenset[str] = frozenset()) -> dict[str, forms.Field]:
@@ -32,7 +32,7 @@ def config_fields(config: type[Any], *, leave_out: frozenset[str] = frozenset())
 
 
 def _field(one: Field[Any]) -> forms.Field:
-    kind, is_optional = _kind(one)
+    kind, is_optional = kind_of(one)
     empty = translated(one.metadata["empty"]) if one.metadata.get("empty") else gettext("not set")
     common: dict[str, Any] = {
         "label": translated(config_label(one)),
@@ -43,30 +43,22 @@ def _field(one: Field[Any]) -> forms.Field:
     if one.metadata.get("choices"):
         return _choice(one, kind, empty if is_optional else "", common)
     attributes = {"placeholder": empty} if is_optional else {}
-    match kind:
-        case "bool":
-            return forms.BooleanField(**common | {"required": False})
-        case "int":
-            return forms.IntegerField(widget=forms.NumberInput(attrs=attributes), **common)
-        case "float":
-            return forms.FloatField(widget=forms.NumberInput(attrs={"step": "any", **attributes}), **common)
+    if kind is bool:
+        return forms.BooleanField(**common | {"required": False})
+    if kind is int:
+        return forms.IntegerField(widget=forms.NumberInput(attrs=attributes), **common)
+    if kind is float:
+        return forms.FloatField(widget=forms.NumberInput(attrs={"step": "any", **attributes}), **common)
     widget = forms.Textarea(attrs={"rows": 4}) if one.name in LONG_TEXT else forms.TextInput(attrs=attributes)
     return forms.CharField(widget=widget, empty_value=None if is_optional else "", **common)
 
 
-def _kind(one: Field[Any]) -> tuple[str, bool]:
-    """``"float | None"`` -> ("float", True): annotations are strings in the modules of configs."""
-    names = [name.strip() for name in str(one.type).split("|")]
-    kinds = [name for name in names if name != "None"]
-    return kinds[0], len(kinds) < len(names)
-
-
-def _choice(one: Field[Any], kind: str, empty: str, common: Mapping[str, Any]) -> forms.Field:
+def _choice(one: Field[Any], kind: type[Any], empty: str, common: Mapping[str, Any]) -> forms.Field:
     choices = [(choice, choice) for choice in one.metadata["choices"]]
     if empty:
         choices.insert(0, ("", empty))
     return forms.TypedChoiceField(
-        choices=choices, coerce=NUMBERS.get(kind, str), empty_value=None if empty else "", **common
+        choices=choices, coerce=lambda text: kind(text), empty_value=None if empty else "", **common
     )
 
 

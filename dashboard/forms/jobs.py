@@ -68,7 +68,7 @@ class MethodForm(ConfigForm):
                 self.add_error(
                     "calibration", _("Distillation reads text: choose a set, or set the distillation steps to 0.")
                 )
-            elif getattr(config, "needs_text", False):
+            elif getattr(config, "calibrates", False):
                 self.add_error("calibration", _("With these settings the method reads text: choose a set."))
         return values
 

@@ -31,7 +31,7 @@ class SketchConfig:
             raise CompressionError("bad_setting", f"group_size is {self.group_size}; it must be a multiple of 8")
 
     @property
-    def needs_text(self) -> bool:
+    def calibrates(self) -> bool:
         return self.way == "far"
 
 
