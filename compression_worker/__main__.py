@@ -156,7 +156,8 @@ def _settings_help() -> str:
     for name, entry in catalog.METHODS.items():
         lines.append(f"settings of {name} (--set NAME=VALUE):")
         for setting in settings.listed(entry.config_class()):
-            lines.append(f"  {setting['name']}={setting['default']}")
+            default = "" if setting["default"] is None else setting["default"]
+            lines.append(f"  {setting['name']}={default}")
             lines.append(f"      {setting['help']}")
     return "\n".join(lines)
 

@@ -18,9 +18,11 @@ from compression_worker.contracts import CompressionError, StepContext, StepOutp
 class Method:
     """A compression method: how people name it, where it was published, and where its code is.
 
-    ``config`` is a frozen dataclass free of torch, and so is ``forecast``: a module with ``estimate(config, inputs)``
-    for the pre-flight, and with ``cheaper(config)`` and ``calmer(config)``, the changes that usually help a job that
-    does not fit or that diverged. ``implementation`` is a module with ``plan``, ``compress`` and ``restore``.
+    ``summary``, ``when`` and ``costs`` are the card that people choose by, in plain words: what it does, when to use
+    it, what it takes. ``config`` is a frozen dataclass free of torch, and so is ``forecast``: a module with
+    ``estimate(config, inputs)`` for the pre-flight, and with ``cheaper(config)`` and ``calmer(config)``, the changes
+    that usually help a job that does not fit or that diverged. ``implementation`` is a module with ``plan``,
+    ``compress`` and ``restore``.
     """
 
     label: str
@@ -29,6 +31,13 @@ class Method:
     config: str
     implementation: str
     forecast: str
+    when: str = ""
+    costs: str = ""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What pages show of the method, for whoever collects it for translation."""
+        return tuple(words for words in (self.summary, self.when, self.costs) if words)
 
     def config_class(self) -> type[Any]:
         return load(self.config)
@@ -45,6 +54,15 @@ METHODS: dict[str, Method] = {
         config="compression_worker.methods.bitdelta.config:BitDeltaConfig",
         implementation="compression_worker.methods.bitdelta.compress",
         forecast="compression_worker.methods.bitdelta.estimate",
+        when=(
+            "For fine-tunes that stay near their base, and where many variants share one base: chat and style keep "
+            "nearly everything. Specialists in mathematics or code can lose points, so evaluate before you ship."
+        ),
+        costs=(
+            "Both models are read once. Distilling the scales then takes most of the time, with both models in memory; "
+            "without it the job is little more than copying. What is kept whole, such as a large vocabulary, sets the "
+            "limit of the ratio."
+        ),
     ),
     "deltadq": Method(
         label="DeltaDQ",
@@ -53,6 +71,14 @@ METHODS: dict[str, Method] = {
         config="compression_worker.methods.deltadq.config:DeltaDQConfig",
         implementation="compression_worker.methods.deltadq.compress",
         forecast="compression_worker.methods.deltadq.estimate",
+        when=(
+            "For fine-tunes whose delta may be thinned at random, and where the smallest file counts. At high ratios the "
+            "published form loses more than sign bits of the same size do, so compare both before you ship."
+        ),
+        costs=(
+            "Both models are read once, and the mask of every weight is computed. Choosing the group size loads the "
+            "variant and reads a little calibration text; a group size given by hand needs neither."
+        ),
     ),
 }
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from compression_worker.contracts import CompressionError, Json
 
 
 def listed(config: type[Any]) -> list[Json]:
-    """Each setting's name, type, default (None where it need not be set), help and (where they are few) choices."""
-    kinds = kinds_of(config)
+    """Each setting's name, type, default, help and (where they are few) choices."""
     return [
         {
             "name": field.name,
-            "type": kinds[field.name].__name__,
+            "type": kind_of(field)[0].__name__,
             "default": field.default,
             "help": field.metadata.get("help", ""),
             "choices": list(field.metadata.get("choices", ())),
@@ -25,42 +23,40 @@ def listed(config: type[Any]) -> list[Json]:
     ]
 
 
-def kinds_of(config: type[Any]) -> dict[str, type[Any]]:
-    """The type of each setting; that of ``float | None`` is float."""
-    hints = get_type_hints(config)
-    return {
-        field.name: next((kind for kind in get_args(hints[field.name]) if kind is not NoneType), hints[field.name])
-        for field in fields(config)
-    }
+KINDS: dict[str, type[Any]] = {one.__name__: one for one in (bool, int, float, str)}
+
+
+def kind_of(field: Field[Any]) -> tuple[type[Any], bool]:
+    """The type of a setting, and whether it may be left empty: ``float | None`` is a number that may."""
+    names = [name.strip() for name in str(field.type).split("|")]
+    kinds = [KINDS[name] for name in names if name in KINDS]
+    return kinds[0] if kinds else type(field.default), "None" in names
 
 
 def parsed(config: type[Any], given: Iterable[str]) -> Json:
     """All settings of ``config``, with those of ``given`` (``key=value``) in place of their defaults.
 
-    What cannot be understood is a mistake in the command (code ``usage``); what cannot work is refused by the class.
+    An optional setting that is given without a value is not set. What cannot be understood is a mistake in the command
+    (code ``usage``); what cannot work is refused by the class.
     """
-    kinds = kinds_of(config)
+    known = {field.name: field for field in fields(config)}
     values: Json = {}
     for pair in given:
         name, equals, text = pair.partition("=")
-        if not equals or name not in kinds:
-            raise CompressionError("usage", f"'{pair}' sets nothing: use NAME=VALUE with one of {', '.join(kinds)}")
-        values[name] = _value(name, text, kinds[name])
-    return {field.name: field.default for field in fields(config)} | completed(config, values)
+        if not equals or name not in known:
+            raise CompressionError("usage", f"'{pair}' sets nothing: use NAME=VALUE with one of {', '.join(known)}")
+        kind, is_optional = kind_of(known[name])
+        values[name] = None if is_optional and not text else _value(name, text, kind)
+    return {name: field.default for name, field in known.items()} | completed(config, values)
 
 
 def completed(config: type[Any], given: Mapping[str, Any]) -> Json:
     """``given``, and the settings that have another default because of them (metadata ``default_with``)."""
     values = dict(given)
     for field in fields(config):
-        if field.name not in given:
-            values |= _because_of(field, given)
+        others = {} if field.name in given else field.metadata.get("default_with", {})
+        values |= {field.name: value for other, value in others.items() if given.get(other) is not None}
     return values
-
-
-def _because_of(field: Field[Any], given: Mapping[str, Any]) -> Json:
-    others = field.metadata.get("default_with", {})
-    return next(({field.name: value} for other, value in others.items() if given.get(other) is not None), {})
 
 
 def _value(name: str, text: str, kind: type[Any]) -> Any:

@@ -118,6 +118,31 @@ GROUPS: Mapping[str, Words] = {
 """What the steps of a job are counted in."""
 
 
+PARTS: Mapping[str, Term] = {
+    "codes": Term(_("codes"), _("What is left of the weights of the compressed matrices.")),
+    "masks": Term(_("masks"), _("Which weights were kept, or further layers of signs.")),
+    "residual": Term(_("residual"), _("Small matrices that put right what the codes lost.")),
+    "scales": Term(_("scales"), _("The numbers that codes are multiplied with.")),
+    "embeddings": Term(_("embeddings"), _("One row for each token of the vocabulary.")),
+    "head": Term(_("head"), _("What turns the last layer's output into tokens.")),
+    "norms": Term(_("norms"), _("The normalisation of each layer, kept exactly.")),
+    "biases": Term(_("biases"), _("What is added after a matrix, kept exactly.")),
+    "other": Term(_("other tensors"), _("Tensors that belong to no other part.")),
+    "headers": Term(_("headers"), _("Names, shapes and places of tensors in the files.")),
+    "side files": Term(_("side files"), _("Configuration and tokenizer.")),
+    "manifest": Term(_("manifest"), _("What the artifact says of itself: digests, settings, figures.")),
+}
+"""The parts of an artifact's ledger, and the rest of its bytes."""
+
+
+def part_label(name: str) -> str:
+    return str(PARTS[name].label) if name in PARTS else name
+
+
+def part_meaning(name: str) -> str:
+    return str(PARTS[name].meaning) if name in PARTS else ""
+
+
 def metric_label(name: str) -> str:
     """The name of a metric as people read it; an unknown one keeps its own name."""
     return str(METRICS[name].label) if name in METRICS else name.replace("_", " ")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
+from compression_worker.catalog import METHODS
 from deploy.chromium import chromium, sign_in
 from tests.stack import ROOT, RunningStack, until
 
@@ -253,6 +255,24 @@ def the_history_says_who_and_why(ops: Person) -> None:
     expect(row.first).to_contain_text("ops")
     ops.visit("/history/")
     expect(ops.page.get_by_role("main")).to_contain_text("refusals up")
+
+
+@pytest.mark.skipif(len(METHODS) < 2, reason="there is one method, so that none can be chosen instead")
+@pytest.mark.parametrize("javascript", [True, False])
+def test_another_method_shows_its_own_settings_and_keeps_what_both_ask(
+    stack: RunningStack, browser: Browser, javascript: bool
+) -> None:
+    first, other = list(METHODS)[:2]
+    with browser.new_context(java_script_enabled=javascript, locale="en-GB") as context:
+        page = context.new_page()
+        sign_in(page, stack.status()["address"], "engineer", PASSWORD)
+        page.goto(f"{stack.status()['address']}/jobs/new/{first}/?seed=7")
+        page.get_by_role("navigation", name="Method").get_by_role("link", name=METHODS[other].label).click()
+        expect(page).to_have_url(re.compile(rf"/jobs/new/{other}/\?.*seed=7"))
+        expect(page.get_by_role("heading", level=1, name=METHODS[other].label)).to_be_visible()
+        expect(page.locator("[name=seed]")).to_have_value("7")
+        own = {one.name for one in fields(METHODS[other].config_class())}
+        assert {str(one.get_attribute("name")) for one in page.locator("#job-form [name]").all()} >= own
 
 
 def test_pages_can_be_read_without_javascript(stack: RunningStack, browser: Browser, tmp_path: Path) -> None:

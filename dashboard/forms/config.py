@@ -1,17 +1,25 @@
-"""Form fields made from a config dataclass: type, default, label, help and choices come from its code."""
+"""Form fields made from a config dataclass: type, default, label, help and choices come from its code.
+
+What a field's metadata may say: ``label`` and ``help``; ``choices``; ``group``, the legend under which it stands;
+``advanced``, so that it is folded away under 'More settings'; ``empty``, what it means that an optional number is not
+given.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import Field, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from django import forms
+from django.utils.html import format_html
+from django.utils.translation import gettext
 from django.utils.translation import gettext as translated
 from django.utils.translation import gettext_lazy as _
 
 from compression_worker.contracts import CompressionError
+from compression_worker.settings import kind_of
 from dashboard.selectors.outcomes import config_label
 from dashboard.selectors.queues import default_queue, offered_queues
 
@@ -24,30 +32,80 @@ def config_fields(config: type[Any], *, leave_out: frozenset[str] = frozenset())
 
 
 def _field(one: Field[Any]) -> forms.Field:
-    words = one.metadata
+    kind, is_optional = kind_of(one)
+    empty = translated(one.metadata["empty"]) if one.metadata.get("empty") else gettext("not set")
     common: dict[str, Any] = {
         "label": translated(config_label(one)),
-        "help_text": translated(words["help"]) if words.get("help") else "",
+        "help_text": _help(one, empty),
         "initial": one.default,
-        "required": one.default != "",
+        "required": one.default != "" and not is_optional,
     }
-    if words.get("choices"):
-        return forms.ChoiceField(choices=[(choice, choice) for choice in words["choices"]], **common)
-    match one.type:
-        case "bool":
-            return forms.BooleanField(**common | {"required": False})
-        case "int":
-            return forms.IntegerField(**common)
-        case "float":
-            return forms.FloatField(widget=forms.NumberInput(attrs={"step": "any"}), **common)
-    widget = forms.Textarea(attrs={"rows": 4}) if one.name in LONG_TEXT else forms.TextInput()
-    return forms.CharField(widget=widget, **common)
+    if one.metadata.get("choices"):
+        return _choice(one, kind, empty if is_optional else "", common)
+    attributes = {"placeholder": empty} if is_optional else {}
+    if kind is bool:
+        return forms.BooleanField(**common | {"required": False})
+    if kind is int:
+        return forms.IntegerField(widget=forms.NumberInput(attrs=attributes), **common)
+    if kind is float:
+        return forms.FloatField(widget=forms.NumberInput(attrs={"step": "any", **attributes}), **common)
+    widget = forms.Textarea(attrs={"rows": 4}) if one.name in LONG_TEXT else forms.TextInput(attrs=attributes)
+    return forms.CharField(widget=widget, empty_value=None if is_optional else "", **common)
+
+
+def _choice(one: Field[Any], kind: type[Any], empty: str, common: Mapping[str, Any]) -> forms.Field:
+    choices = [(choice, choice) for choice in one.metadata["choices"]]
+    if empty:
+        choices.insert(0, ("", empty))
+    return forms.TypedChoiceField(
+        choices=choices, coerce=lambda text: kind(text), empty_value=None if empty else "", **common
+    )
+
+
+def _help(one: Field[Any], empty: str) -> str:
+    """What the setting does, and what it is when nobody touches it."""
+    words = translated(one.metadata["help"]) if one.metadata.get("help") else ""
+    default = default_words(one.default, empty)
+    if not default:
+        return words
+    said = gettext("Default: %(value)s") % {"value": default}
+    return format_html('{} <span class="default">{}</span>', words, said)
+
+
+def default_words(value: object, empty: str) -> str:
+    """A default as a person reads it; nothing for a text that is empty."""
+    if value is None:
+        return empty
+    if isinstance(value, bool):
+        return gettext("yes") if value else gettext("no")
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Fields that belong together. A ``folded`` one is closed until something in it deserves a look."""
+
+    name: str
+    legend: str
+    fields: list[forms.BoundField]
+    folded: bool = False
+    is_open: bool = False
 
 
 class ConfigForm(forms.Form):
     """A form that holds the fields of a config dataclass, and a queue where there is a choice of one."""
 
+    config: type[Any]
     config_names: set[str]
+    subject = _("What to work on")
+    folded_names: frozenset[str] = frozenset()
+    """Fields of the form itself that are folded away beside the advanced settings."""
+    queueing_names: tuple[str, ...] = ("priority", "queue")
+
+    def add_config(self, config: type[Any]) -> None:
+        made = config_fields(config)
+        self.config, self.config_names = config, set(made)
+        self.fields.update(made)
 
     def add_queue(self) -> None:
         queues = offered_queues()
@@ -61,6 +119,41 @@ class ConfigForm(forms.Form):
     @property
     def queue(self) -> str:
         return self.cleaned_data.get("queue") or default_queue()
+
+    def sections(self, marks: Mapping[str, str]) -> list[Section]:
+        """The fields as a person meets them: the subject, the settings by group, the rest of them folded, the queue.
+
+        ``marks``: fields that must be seen, because they differ from those of a former job.
+        """
+        advanced = {one.name for one in fields(self.config) if one.metadata.get("advanced")} | self.folded_names
+        own = [name for name in self.fields if name not in {*self.config_names, *advanced, *self.queueing_names}]
+        groups: dict[str, list[str]] = {}
+        for one in fields(self.config):
+            if one.name in self.config_names and one.name not in advanced:
+                groups.setdefault(one.metadata.get("group", ""), []).append(one.name)
+        folded = [name for name in self.fields if name in advanced]
+        queueing = [name for name in self.queueing_names if name in self.fields]
+        parts = [
+            Section("subject", str(self.subject), self._bound(own)),
+            *(Section("settings", _legend(group), self._bound(names)) for group, names in groups.items()),
+            Section("more", gettext("More settings"), self._bound(folded), True, self._deserves(folded, marks)),
+            Section("queueing", gettext("When and where it runs"), self._bound(queueing)),
+        ]
+        return [part for part in parts if part.fields]
+
+    def _bound(self, names: list[str]) -> list[forms.BoundField]:
+        return [self[name] for name in names]
+
+    def _deserves(self, names: list[str], marks: Mapping[str, str]) -> bool:
+        """Whether a field among ``names`` is wrong, marked, or no longer what it is by itself."""
+        return any(
+            name in marks or name in self.errors or _plain(self[name].value()) != _plain(self.fields[name].initial)
+            for name in names
+        )
+
+
+def _legend(group: str) -> str:
+    return translated(group) if group else gettext("Settings")
 
 
 def queue_field(queues: list[str], chosen: str) -> forms.ChoiceField:
@@ -95,17 +188,18 @@ def as_data(form: forms.Form) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value is not False and value != ""}
 
 
-def check_config(form: forms.Form, config: type[Any], names: set[str]) -> None:
-    """Let the dataclass judge its own values; what it refuses stands beside the field that it names."""
+def check_config(form: forms.Form, config: type[Any], names: set[str]) -> Any:
+    """The config of these values, judged by itself; what it refuses stands beside the field that it names."""
     values = {name: form.cleaned_data[name] for name in names if name in form.cleaned_data}
     if len(values) < len(names):
-        return
+        return None
     try:
-        config(**values)
+        return config(**values)
     except CompressionError as error:
         form.add_error(_named(error.message, names), error.message)
     except (TypeError, ValueError) as error:
         form.add_error(_named(str(error), names), str(error))
+    return None
 
 
 def _named(message: str, names: set[str]) -> str | None:

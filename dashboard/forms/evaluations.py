@@ -12,7 +12,7 @@ from django.utils.translation import gettext_lazy
 
 from compression_worker.evaluation.config import EvaluationConfig
 from dashboard.formats import byte_words
-from dashboard.forms.config import ConfigForm, check_config, config_fields
+from dashboard.forms.config import ConfigForm, check_config
 from dashboard.lifecycle import ArtifactState
 from dashboard.models import Artifact, Checkpoint, Job, SampleSet
 from dashboard.models.evaluations import SampleKind
@@ -65,6 +65,8 @@ class TargetField(forms.ChoiceField):
 
 
 class EvaluationForm(ConfigForm):
+    subject = gettext_lazy("What to measure")
+
     target = TargetField(
         label=gettext_lazy("Evaluate"),
         help_text=gettext_lazy("An artifact is measured beside its variant and its base, on the same samples."),
@@ -86,9 +88,7 @@ class EvaluationForm(ConfigForm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        made = config_fields(EvaluationConfig)
-        self.config_names = set(made)
-        self.fields.update(made)
+        self.add_config(EvaluationConfig)
         self.add_queue()
         self.fields["target"].choices = _targets()  # type: ignore[attr-defined]
         self.fields["text_set"].queryset = sample_set_choices(SampleKind.TEXT)  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from django import forms
 from django.utils.translation import gettext_lazy as _
 
 from compression_worker.catalog import METHODS
-from dashboard.forms.config import ConfigForm, check_config, config_fields
+from dashboard.forms.config import ConfigForm, as_data, check_config
 from dashboard.lifecycle import JobKind, JobState
 from dashboard.models import Checkpoint, Job, Priority, SampleSet
 from dashboard.selectors.evaluations import sample_set_choices
@@ -17,7 +17,10 @@ from dashboard.selectors.preflight import Preflight, compression_inputs, compres
 
 
 class MethodForm(ConfigForm):
-    """What to compress, the method's own settings, and the seed."""
+    """What to compress, the method's own settings, the seed, and when it runs."""
+
+    subject = _("What to compress")
+    folded_names = frozenset({"seed"})
 
     variant = forms.ModelChoiceField(
         Checkpoint.objects.none(),
@@ -30,7 +33,7 @@ class MethodForm(ConfigForm):
         label=_("Calibration text"),
         required=False,
         empty_label=_("none"),
-        help_text=_("Text that the distillation reads. Use text like that of the variant's work, never the test set."),
+        help_text=_("Text that the method reads. Use text like that of the variant's work, never the test set."),
     )
     seed = forms.IntegerField(
         label=_("Seed"), initial=0, min_value=0, help_text=_("Same inputs, same seed: same bytes.")
@@ -45,11 +48,10 @@ class MethodForm(ConfigForm):
 
     def __init__(self, *args: Any, method: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.method, self.config = method, METHODS[method].config_class()
-        made = config_fields(self.config)
-        self.config_names = set(made)
+        self.method = method
         tail = {name: self.fields.pop(name) for name in ("seed", "priority")}
-        self.fields.update(made | tail)
+        self.add_config(METHODS[method].config_class())
+        self.fields.update(tail)
         self.add_queue()
         present = self.initial.get("priority")
         if present not in (None, *Priority.values):
@@ -59,12 +61,15 @@ class MethodForm(ConfigForm):
         self.fields["calibration"].queryset = sample_set_choices("text")  # type: ignore[attr-defined]
 
     def clean(self) -> dict[str, Any]:
-        check_config(self, self.config, self.config_names)
+        config = check_config(self, self.config, self.config_names)
         values = self.cleaned_data
-        if values.get("distill_steps") and "calibration" not in self.errors and not values.get("calibration"):
-            self.add_error(
-                "calibration", _("Distillation reads text: choose a set, or set the distillation steps to 0.")
-            )
+        if config is not None and "calibration" not in self.errors and not values.get("calibration"):
+            if values.get("distill_steps"):
+                self.add_error(
+                    "calibration", _("Distillation reads text: choose a set, or set the distillation steps to 0.")
+                )
+            elif getattr(config, "calibrates", False):
+                self.add_error("calibration", _("With these settings the method reads text: choose a set."))
         return values
 
     def preflight(self) -> Preflight | None:
@@ -88,6 +93,15 @@ def clone_initial(job: Job) -> dict[str, Any]:
         "queue": job.queue,
         **(spec.get("config") or {}),
     }
+
+
+SHARED_NAMES = ("variant", "calibration", "seed", "priority", "queue")
+"""What stays as it is when another method is chosen: everything that is no method's own setting."""
+
+
+def shared_values(form: MethodForm) -> dict[str, Any]:
+    """What the form says that any other method's form would also ask."""
+    return {name: value for name, value in as_data(form).items() if name in SHARED_NAMES}
 
 
 class JobFilterForm(forms.Form):

@@ -64,7 +64,9 @@ class _Layout:
         )
         label = node.label if len(node.label) <= 20 else node.label[:19] + "…"
         words = [text(x + 8, middle - 1, label, class_="label"), text(x + 8, middle + 11, node.kind, class_="tick")]
-        self.shapes.append(link(node.href, box, *words) if node.href else element("g", box, *words))
+        self.shapes.append(
+            link(node.href, box, *words, label=f"{node.label}, {node.kind}") if node.href else element("g", box, *words)
+        )
 
 
 def lineage_picture(root: Node) -> Picture:
@@ -73,7 +75,9 @@ def lineage_picture(root: Node) -> Picture:
     title = _("Everything made from %(name)s, with its bytes") % {"name": root.label}
     return Picture(
         title=title,
-        svg=drawing(title, layout.depth * COLUMN + BOX_WIDTH + 4, layout.next_row * ROW + 2, layout.shapes),
+        svg=drawing(
+            title, layout.depth * COLUMN + BOX_WIDTH + 4, layout.next_row * ROW + 2, layout.shapes, has_links=True
+        ),
         columns=(_("name"), _("kind"), _("made from"), _("bytes")),
         rows=layout.rows,
         numeric=frozenset({3}),

@@ -1,19 +1,26 @@
-"""Quality against true bytes: one point per artifact with its 95 % whiskers; what another point beats is greyed."""
+"""Quality against true bytes: one mark per artifact with its 95 % whiskers, the frontier, and full precision beside it.
+
+What another artifact beats in both is greyed.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from django.utils.translation import gettext as _
 
-from dashboard.formats import byte_words, significant, whole
-from dashboard.pictures.svg import Picture, drawing, element, line, link, text
+from dashboard.formats import byte_words, percent_words, ratio_words, significant, whole
+from dashboard.pictures.marks import SHAPES, outline, place_of
+from dashboard.pictures.svg import Picture, cut, drawing, element, line, link, text, width_of
 
-WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 120, 16, 40
-SHAPES = ("circle", "triangle", "square", "diamond", "cross")
+WIDTH, HEIGHT = 560, 330
+LEFT, RIGHT, TOP, BOTTOM = 64, 146, 24, 62
+LEGEND_ROW = 18
+LABEL_ROOM = RIGHT - 14
+MOST_LABELS = 12
+"""With more points, only those of the frontier are named in the picture."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,20 @@ class Point:
     low: float
     high: float
     href: str = ""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What is measured: its name, its direction, and whether it is a share (read as a percentage)."""
+
+    label: str
+    higher_is_better: bool
+    is_share: bool = False
+
+    def words(self, value: float, digits: int = 3) -> str:
+        if self.is_share:
+            return percent_words(value)
+        return f"{value:.1e}" if abs(value) >= 1e6 else significant(value, digits)
 
 
 def dominated(point: Point, points: Sequence[Point], *, higher_is_better: bool) -> bool:
@@ -57,58 +78,81 @@ class _Scale:
         return HEIGHT - BOTTOM - (value - self.worst) / (self.best - self.worst) * (HEIGHT - TOP - BOTTOM)
 
 
-def pareto_picture(points: Sequence[Point], quality: str, *, higher_is_better: bool) -> Picture | None:
+def pareto_picture(points: Sequence[Point], quality: Quality, *, note: str = "") -> Picture | None:
     """None while there are fewer than two points: one point compares with nothing."""
-    points = [point for point in points if point.size_bytes > 0 and math.isfinite(point.value)]
+    points = [_sound(point) for point in points if point.size_bytes > 0 and math.isfinite(point.value)]
     if len(points) < 2:
         return None
-    beaten = {id(point) for point in points if dominated(point, points, higher_is_better=higher_is_better)}
-    title = _finding(points, quality, higher_is_better)
-    scale = _Scale(points, higher_is_better)
-    families = sorted({point.family for point in points if point.href})
-    shapes: list[object] = [*_axes(scale, quality)]
+    beaten = {id(point) for point in points if dominated(point, points, higher_is_better=quality.higher_is_better)}
+    frontier = [point for point in points if id(point) not in beaten]
+    full = next((point for point in points if not point.href), None)
+    scale = _Scale(points, quality.higher_is_better)
+    families = list(dict.fromkeys(sorted(point.family for point in points if point.href)))
+    title = _finding(points, quality)
+    shapes: list[object] = [*_axes(scale, quality, full), *_frontier(frontier, scale), *_reference(full, scale)]
     for point in sorted(points, key=lambda one: -scale.y(one.value)):
-        family = families.index(point.family) + 1 if point.href else 0
-        shapes += _mark(point, scale, family, id(point) in beaten)
-    shapes += _labels(points, scale)
+        family = place_of(families.index(point.family)) if point.href else 0
+        shapes += _mark(point, quality, scale, family, id(point) in beaten, full)
+    shapes += _labels(points if len(points) <= MOST_LABELS else frontier, points, scale)
+    legend, height = _legend(families, full is not None, bool(beaten))
+    about = _(
+        "Further left is smaller, further up is better. Each mark leads to its artifact; bars are 95 % intervals."
+    )
     return Picture(
         title=title,
-        svg=drawing(title, WIDTH, HEIGHT, shapes),
-        columns=(_("name"), _("kind"), _("bytes"), quality, _("95 % low"), _("95 % high"), ""),
-        rows=[
-            (
-                point.label,
-                point.family,
-                whole(point.size_bytes),
-                significant(point.value, 4),
-                significant(point.low, 4),
-                significant(point.high, 4),
-                _("dominated") if id(point) in beaten else "",
-            )
-            for point in sorted(points, key=lambda one: one.size_bytes)
-        ],
-        numeric=frozenset({2, 3, 4, 5}),
+        svg=drawing(title, WIDTH, height, [*shapes, *legend], about=about, has_links=True),
+        columns=(
+            _("name"), _("kind"), _("bytes"), _("true ratio"), quality.label, _("95 % low"), _("95 % high"), _("place"),
+        ),
+        rows=[_row(point, quality, full, id(point) in beaten) for point in sorted(points, key=_by_size)],
+        numeric=frozenset({2, 3, 4, 5, 6}),
+        note=note,
+    )  # fmt: skip
+
+
+def _by_size(point: Point) -> int:
+    return point.size_bytes
+
+
+def _sound(point: Point) -> Point:
+    """With an interval that can be drawn: where one end is not known, the value stands for it."""
+    low = min(point.low, point.value) if math.isfinite(point.low) else point.value
+    high = max(point.high, point.value) if math.isfinite(point.high) else point.value
+    return replace(point, low=low, high=high)
+
+
+def _row(point: Point, quality: Quality, full: Point | None, is_beaten: bool) -> tuple[object, ...]:
+    return (
+        link(point.href, point.label) if point.href else point.label,
+        point.family,
+        whole(point.size_bytes),
+        ratio_words(full.size_bytes / point.size_bytes) if full else "–",
+        quality.words(point.value, 4),
+        quality.words(point.low, 4),
+        quality.words(point.high, 4),
+        _("dominated") if is_beaten else _("on the frontier"),
     )
 
 
-def _finding(points: Sequence[Point], quality: str, higher_is_better: bool) -> str:
-    largest, smallest = max(points, key=lambda p: p.size_bytes), min(points, key=lambda p: p.size_bytes)
+def _finding(points: Sequence[Point], quality: Quality) -> str:
+    largest, smallest = max(points, key=_by_size), min(points, key=_by_size)
     return _("%(smallest)s needs %(small)s instead of %(large)s; %(quality)s %(after)s instead of %(before)s") % {
         "smallest": smallest.label,
         "small": byte_words(smallest.size_bytes),
         "large": byte_words(largest.size_bytes),
-        "quality": quality,
-        "after": significant(smallest.value),
-        "before": significant(largest.value),
+        "quality": quality.label,
+        "after": quality.words(smallest.value),
+        "before": quality.words(largest.value),
     }
 
 
-def _axes(scale: _Scale, quality: str) -> list[object]:
+def _axes(scale: _Scale, quality: Quality, full: Point | None) -> list[object]:
     floor, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    named = _("true bytes, and the true ratio (log scale)") if full else _("true bytes (log scale)")
     shapes: list[object] = [
         line(LEFT, floor, right, floor, class_="axis"),
-        text((LEFT + right) / 2, HEIGHT - 4, _("true bytes (log scale)"), class_="note", anchor="middle"),
-        text(0, 11, _("%(quality)s · better is up") % {"quality": quality}, class_="note"),
+        text((LEFT + right) / 2, HEIGHT - 8, named, class_="note", anchor="middle"),
+        text(0, 11, _("%(quality)s · better is up") % {"quality": quality.label}, class_="note"),
     ]
     for size in _ticks(scale.first, scale.last):
         x = scale.x(size)
@@ -116,13 +160,23 @@ def _axes(scale: _Scale, quality: str) -> list[object]:
             line(x, floor, x, floor + 4, class_="axis"),
             text(x, floor + 16, byte_words(size, 1), class_="tick", anchor="middle"),
         ]
-    for step in range(5):
-        value = scale.worst + (scale.best - scale.worst) * (step + 0.5) / 5
+        if full and 0.1 <= (ratio := full.size_bytes / size) < 10_000:
+            times = ratio_words(float(f"{ratio:.2g}"))
+            shapes.append(text(x, floor + 30, times, class_="tick", anchor="middle"))
+    for value in round_values(*sorted((scale.worst, scale.best))):
         shapes += [
             line(LEFT, scale.y(value), right, scale.y(value), class_="grid"),
-            text(LEFT - 6, scale.y(value) + 4, significant(value), class_="tick", anchor="end"),
+            text(LEFT - 6, scale.y(value) + 4, quality.words(value), class_="tick", anchor="end"),
         ]
     return shapes
+
+
+def round_values(low: float, high: float) -> list[float]:
+    """From three to eight round numbers between ``low`` and ``high``."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(size for digit in (1, 2, 5, 10) if (size := digit * power) >= (high - low) / 6)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [at * step for at in range(first, last + 1)]
 
 
 def _ticks(first: float, last: float) -> list[float]:
@@ -132,48 +186,102 @@ def _ticks(first: float, last: float) -> list[float]:
         inside = [mark for mark in inside if first <= math.log10(mark) <= last]
         if len(inside) <= 5:
             break
-    return inside
+    return inside[:: max(1, len(inside) // 5)]
 
 
-def _mark(point: Point, scale: _Scale, family: int, is_beaten: bool) -> list[object]:
+def _frontier(points: Iterable[Point], scale: _Scale) -> list[object]:
+    """Stairs through the points that nothing beats: the best quality for at most so many bytes."""
+    steps = sorted({(scale.x(point.size_bytes), scale.y(point.value)) for point in points})
+    if len(steps) < 2:
+        return []
+    path = f"M{steps[0][0]:.1f},{steps[0][1]:.1f}" + "".join(f" H{x:.1f} V{y:.1f}" for x, y in steps[1:])
+    return [element("path", element("title", _("The frontier: nothing is both smaller and better")), d=path,
+                    class_="frontier")]  # fmt: skip
+
+
+def _reference(full: Point | None, scale: _Scale) -> list[object]:
+    """A line at the quality of full precision."""
+    if full is None:
+        return []
+    y = scale.y(full.value)
+    return [line(LEFT, y, WIDTH - RIGHT, y, class_="reference")]
+
+
+def _mark(
+    point: Point, quality: Quality, scale: _Scale, family: int, is_beaten: bool, full: Point | None
+) -> list[object]:
     x, y = scale.x(point.size_bytes), scale.y(point.value)
-    tone = "muted" if is_beaten else f"family-{family % len(SHAPES)}"
-    hover = f"{point.label} · {byte_words(point.size_bytes)} · {significant(point.value)}"
-    hover += f" ({significant(point.low)} … {significant(point.high)})"
+    tone = "muted" if is_beaten else f"family-{family}"
+    hover = f"{point.label} · {point.family} · {byte_words(point.size_bytes)}"
+    hover += f" · {ratio_words(full.size_bytes / point.size_bytes)}" if full and point is not full else ""
+    hover += (
+        f" · {quality.label} {quality.words(point.value)} ({quality.words(point.low)} … {quality.words(point.high)})"
+    )
     whisker = [
         line(x, scale.y(point.low), x, scale.y(point.high), class_=f"whisker {tone}"),
         line(x - 4, scale.y(point.low), x + 4, scale.y(point.low), class_=f"whisker {tone}"),
         line(x - 4, scale.y(point.high), x + 4, scale.y(point.high), class_=f"whisker {tone}"),
     ]
-    mark = element(
-        "path", element("title", hover), d=_outline(SHAPES[family % len(SHAPES)], x, y), class_=f"mark {tone}"
-    )
-    return [*whisker, link(point.href, mark) if point.href else mark]
+    mark = element("path", element("title", hover), d=outline(SHAPES[family], x, y), class_=f"mark {tone}")
+    return [*whisker, link(point.href, mark, label=hover) if point.href else mark]
 
 
-def _outline(shape: str, x: float, y: float, r: float = 5.5) -> str:
-    match shape:
-        case "circle":
-            return f"M{x - r:.1f},{y:.1f} a{r},{r} 0 1,0 {2 * r},0 a{r},{r} 0 1,0 {-2 * r},0 Z"
-        case "triangle":
-            return f"M{x:.1f},{y - r:.1f} l{r},{2 * r} h{-2 * r} Z"
-        case "square":
-            return f"M{x - r:.1f},{y - r:.1f} h{2 * r} v{2 * r} h{-2 * r} Z"
-        case "diamond":
-            return f"M{x:.1f},{y - r - 1:.1f} l{r + 1},{r + 1} l{-r - 1},{r + 1} l{-r - 1},{-r - 1} Z"
-        case _:
-            a = r - 2
-            return f"M{x - r:.1f},{y - 2:.1f} h{a} v{-a} h4 v{a} h{a} v4 h{-a} v{a} h-4 v{-a} h{-a} Z"
+@dataclass(frozen=True)
+class _Box:
+    """The room that a label or a mark takes."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: _Box) -> bool:
+        return (
+            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+        )
 
 
-def _labels(points: Sequence[Point], scale: _Scale) -> list[object]:
-    """Direct labels to the right of each point, pushed apart where they would touch."""
+def _labels(named: Sequence[Point], points: Sequence[Point], scale: _Scale) -> list[object]:
+    """Direct labels beside their marks, where they touch neither another label nor a mark."""
+    marks = [(scale.x(point.size_bytes), scale.y(point.value)) for point in points]
+    taken = [_Box(x - 6, y - 6, x + 6, y + 6) for x, y in marks]
     shapes: list[object] = []
-    taken: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda one: scale.y(one.value)):
-        x, y = scale.x(point.size_bytes) + 10, scale.y(point.value) + 4
-        while any(abs(y - other) < 13 and abs(x - left) < 110 for left, other in taken):
-            y += 13
-        taken.append((x, y))
-        shapes.append(text(x, y, point.label if len(point.label) <= 26 else point.label[:25] + "…", class_="label"))
+    for point in sorted(named, key=lambda one: scale.y(one.value)):
+        x, y = scale.x(point.size_bytes), scale.y(point.value)
+        words = cut(point.label, LABEL_ROOM, 12)
+        anchor, at, height, box = _free_place(x, y, width_of(words, 12), taken)
+        taken.append(box)
+        shapes.append(text(at, height, words, class_="label halo", anchor=anchor))
     return shapes
+
+
+def _free_place(x: float, y: float, width: float, taken: Sequence[_Box]) -> tuple[str | None, float, float, _Box]:
+    """Anchor and place of a label for a mark at ``x``, ``y``: the nearest that is free, right before left."""
+    places: list[tuple[str | None, float, float, _Box]] = []
+    for shift in (0, -13, 13, -26, 26, -39, 39):
+        middle = min(max(y + shift, 8), HEIGHT - BOTTOM - 6)
+        if x + 10 + width <= WIDTH:
+            places.append((None, x + 10, middle, _Box(x + 8, middle - 6, x + 10 + width, middle + 6)))
+        if x - 10 - width >= LEFT:
+            places.append(("end", x - 10, middle, _Box(x - 10 - width, middle - 6, x - 8, middle + 6)))
+    free = next((one for one in places if not any(one[3].meets(other) for other in taken)), places[0])
+    return free[0], free[1], free[2] + 4, free[3]
+
+
+def _legend(families: Sequence[str], has_full: bool, has_beaten: bool) -> tuple[list[object], float]:
+    """Which shape is which method; what the lines and the grey mean."""
+    entries = [(f"family-{place_of(at)}", SHAPES[place_of(at)], name) for at, name in enumerate(families)]
+    if has_full:
+        entries.insert(0, ("family-0", SHAPES[0], _("full precision")))
+    if has_beaten:
+        entries.append(("muted", SHAPES[1], _("grey: another is smaller and better")))
+    shapes: list[object] = []
+    x, y = float(LEFT), float(HEIGHT + 12)
+    for tone, shape, words in entries:
+        room = 14 + width_of(words) + 16
+        if x + room > WIDTH and x > LEFT:
+            x, y = float(LEFT), y + LEGEND_ROW
+        mark = element("path", d=outline(shape, x + 5, y - 4), class_=f"mark {tone}")
+        shapes += [mark, text(x + 15, y, words, class_="note")]
+        x += room
+    return shapes, y + 8

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from statistics import median
+from typing import Any
 
 from django.db.models import Count, Exists, Max, OuterRef, Q, QuerySet
 from django.utils import timezone
@@ -20,7 +21,8 @@ from dashboard.lifecycle import (
     StepState,
 )
 from dashboard.models import Attempt, Job, LogLine, Step, User
-from dashboard.pictures import Bar, Column
+from dashboard.pictures import Bar, Column, Matrix
+from dashboard.pictures.matrices import from_figures
 
 PAGE = 30
 STATE_FILTERS: dict[str, frozenset[JobState]] = {
@@ -256,16 +258,30 @@ def log_page(job: Job, *, query: str = "", before: int | None = None, limit: int
     return list(reversed(lines[:limit]))
 
 
-def matrix_errors_so_far(steps: Sequence[Step]) -> dict[str, float]:
-    """Relative error of each matrix of the finished layers, with its initial scale: ``|D - scale * S| / |D|``."""
-    found: dict[str, float] = {}
+def matrices_so_far(steps: Sequence[Step]) -> list[Matrix]:
+    """The matrices of the finished layers, as their steps tell of them."""
+    found: list[Matrix] = []
     for step in steps:
-        layer_is_done = step.group == "layer" and step.state == StepState.DONE
-        for name, line in (step.data.get("linears", {}) if layer_is_done else {}).items():
-            elements = line["linear"]["outputs"] * line["linear"]["inputs"]
-            kept = line["sum_abs"] ** 2 / (elements * line["sum_squares"]) if line["sum_squares"] else 1.0
-            found[name] = math.sqrt(max(0.0, 1.0 - kept))
+        if step.group != "layer" or step.state != StepState.DONE:
+            continue
+        found += from_figures(step.data.get("matrices") or [])
+        found += [Matrix(name, _line_error(line)) for name, line in step.data.get("linears", {}).items()]
     return found
+
+
+def _line_error(line: Mapping[str, Any]) -> float | None:
+    """The relative error of one matrix from the sums that its step left.
+
+    Either the whole squared error was summed, or it follows from one sign per weight with its initial scale:
+    ``|D - scale * S| / |D|``.
+    """
+    squares = line.get("sum_squares")
+    if not squares:
+        return 0.0 if squares == 0 else None
+    if "sum_abs" in line:
+        elements = line["linear"]["outputs"] * line["linear"]["inputs"]
+        return math.sqrt(max(0.0, 1.0 - line["sum_abs"] ** 2 / (elements * squares)))
+    return math.sqrt(max(0.0, line["error"] / squares)) if "error" in line else None
 
 
 def losses_so_far(steps: Sequence[Step]) -> list[float]:

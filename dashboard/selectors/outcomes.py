@@ -137,9 +137,17 @@ def artifact_settings(artifact: Artifact) -> list[tuple[str, str]]:
 
 def config_pairs(kind: type[Any] | None, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(label, value) in the order of the form, which a JSON column does not keep; unknown settings come last."""
-    labels = {one.name: translated(config_label(one)) for one in fields(kind)} if kind else {}
+    known = {one.name: one for one in fields(kind)} if kind else {}
+    labels = {name: translated(config_label(one)) for name, one in known.items()}
     names = [*(name for name in labels if name in config), *sorted(set(config) - set(labels))]
-    return [(labels.get(name, name), _written(config[name])) for name in names]
+    return [(labels.get(name, name), _setting_words(known.get(name), config[name])) for name in names]
+
+
+def _setting_words(field: Field[Any] | None, value: object) -> str:
+    """A setting's value; of an optional one that is not given, what that means."""
+    if value is None and field is not None and field.metadata.get("empty"):
+        return translated(field.metadata["empty"])
+    return _written(value)
 
 
 def config_label(field: Field[Any]) -> str:
@@ -163,5 +171,7 @@ def _config(job: Job) -> dict[str, Any]:
 def _written(value: object) -> str:
     if value is None or value == "":
         return "–"
+    if isinstance(value, bool):
+        return _("yes") if value else _("no")
     lines = value if isinstance(value, list) else str(value).splitlines()
     return " · ".join(str(one) for one in lines)

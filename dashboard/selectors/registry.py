@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from django.urls import reverse
 from django.utils.translation import gettext as _
 
 from compression_worker.catalog import METHODS
-from dashboard.glossary import metric_label
 from dashboard.lifecycle import ACTIVE_JOB_STATES, ArtifactState, JobKind, JobState
 from dashboard.models import Artifact, Checkpoint, Environment, Evaluation, Job
-from dashboard.pictures import Node, Point
+from dashboard.pictures import Matrix, Node
+from dashboard.pictures.matrices import from_figures
 
 QUALITIES = ("perplexity", "choice_accuracy", "kl_divergence")
-"""Which metric the quality picture shows: the first of these that was measured."""
+"""Which metric the table of artifacts shows: the first of these that was measured."""
 
 
 def checkpoint_list(query: str = "") -> QuerySet[Checkpoint]:
@@ -58,32 +58,35 @@ def imports_running() -> QuerySet[Job]:
 
 @dataclass(frozen=True)
 class ArtifactRow:
-    """An artifact beside its latest evaluation, approvals and places."""
+    """An artifact beside its evaluations (newest first), approvals and places."""
 
     artifact: Artifact
-    evaluation: Evaluation | None
-    metric: Mapping[str, Any] | None
+    evaluations: list[Evaluation]
     environments: list[str]
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        return self.evaluations[0] if self.evaluations else None
+
+    @property
+    def metric(self) -> Mapping[str, Any] | None:
+        return quality_metric(self.evaluation.results) if self.evaluation else None
 
 
 def artifact_rows(variant: Checkpoint) -> list[ArtifactRow]:
     """The artifacts of ``variant``, newest first, in three queries."""
     artifacts = list(variant.artifacts.select_related("job", "variant").order_by("-created_at"))
-    evaluations = latest_evaluations(one.pk for one in artifacts)
+    evaluations = evaluations_of([one.pk for one in artifacts])
     places = _environments_by_artifact()
-    return [
-        ArtifactRow(one, found, quality_metric(found.results) if found else None, places.get(one.pk, []))
-        for one in artifacts
-        for found in [evaluations.get(one.pk)]
-    ]
+    return [ArtifactRow(one, evaluations.get(one.pk, []), places.get(one.pk, [])) for one in artifacts]
 
 
-def latest_evaluations(artifact_ids: Iterable[int]) -> dict[int, Evaluation]:
-    """The newest evaluation of each artifact."""
-    found: dict[int, Evaluation] = {}
-    for one in Evaluation.objects.filter(artifact_id__in=list(artifact_ids)).order_by("created_at"):
+def evaluations_of(artifact_ids: Sequence[int]) -> dict[int, list[Evaluation]]:
+    """The evaluations of each artifact, newest first, in one query."""
+    found: dict[int, list[Evaluation]] = defaultdict(list)
+    for one in Evaluation.objects.filter(artifact_id__in=artifact_ids).order_by("-created_at", "-pk"):
         if one.artifact_id is not None:
-            found[one.artifact_id] = one
+            found[one.artifact_id].append(one)
     return found
 
 
@@ -100,50 +103,9 @@ def _environments_by_artifact() -> dict[int, list[str]]:
     return places
 
 
-def quality_points(rows: Iterable[ArtifactRow]) -> tuple[list[Point], str, bool]:
-    """Points for the size-quality picture: the variant itself, and each artifact measured on the newest row's sets."""
-    measured = [row for row in rows if row.metric and "compressed" in row.metric["values"]]
-    if not measured or measured[0].metric is None:
-        return [], "", False
-    newest, metric = measured[0], measured[0].metric
-    points = [
-        _point(
-            short_name(row.artifact),
-            row.artifact.method,
-            row.artifact.artifact_bytes,
-            row.metric["values"]["compressed"],
-            row,
-        )
-        for row in measured
-        if row.metric and row.metric["name"] == metric["name"] and _sets(row) == _sets(newest)
-    ]
-    full = metric["values"].get("variant")
-    if full:
-        points.insert(0, _point(_("full precision"), _("full precision"), newest.artifact.source_bytes, full))
-    return points, metric_label(metric["name"]), bool(metric["higher_is_better"])
-
-
-def _point(label: str, family: str, size_bytes: int, value: Mapping[str, Any], row: ArtifactRow | None = None) -> Point:
-    middle = float(value["value"])
-    low, high = value.get("low"), value.get("high")
-    return Point(
-        label=label,
-        family=family,
-        size_bytes=size_bytes,
-        value=middle,
-        low=middle if low is None else float(low),
-        high=middle if high is None else float(high),
-        href=reverse("artifact-detail", args=[row.artifact.pk]) if row else "",
-    )
-
-
 def short_name(artifact: Artifact) -> str:
     """An artifact's name without its variant's, for places where the variant is plain."""
     return artifact.name.removeprefix(f"{artifact.variant.name}-") or artifact.name
-
-
-def _sets(row: ArtifactRow) -> tuple[int | None, int | None] | None:
-    return (row.evaluation.text_set_id, row.evaluation.choice_set_id) if row.evaluation else None
 
 
 def lineage(checkpoint: Checkpoint) -> Node:
@@ -205,13 +167,13 @@ def artifact_get(pk: int) -> Artifact:
     return Artifact.objects.select_related("variant", "base", "job__created_by").get(pk=pk)
 
 
-def matrix_errors(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Matrix name -> relative error, from an artifact's figures."""
-    return {
-        str(entry["name"]): float(entry["relative_error"])
-        for entry in figures.get("matrices") or []
-        if entry.get("relative_error") is not None
-    }
+def artifact_of_job(job: Job) -> Artifact | None:
+    return Artifact.objects.filter(job=job).first()
+
+
+def matrices(figures: Mapping[str, Any]) -> list[Matrix]:
+    """Each compressed matrix with its error and, where it is told, how it is stored."""
+    return from_figures(figures.get("matrices") or [])
 
 
 def distillation_losses(figures: Mapping[str, Any]) -> list[float]:

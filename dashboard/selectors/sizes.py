@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compression_worker.catalog import METHODS
+from django.db.models import F, FloatField, Max, Min
+
+from compression_worker.catalog import METHODS, Method
 from dashboard.lifecycle import ArtifactState
 from dashboard.models import Artifact, Checkpoint
 from dashboard.selectors.preflight import compression_inputs
@@ -21,10 +23,26 @@ class Prediction:
         return self.source_bytes / self.predicted_bytes
 
 
-def typical_ratio(method: str) -> tuple[float, float] | None:
-    """Smallest and largest true ratio of the method's artifacts here; None before the first."""
-    ratios = [one.true_ratio for one in Artifact.objects.filter(method=method, state=ArtifactState.PUBLISHED)[:200]]
-    return (min(ratios), max(ratios)) if ratios else None
+@dataclass(frozen=True)
+class Card:
+    """A method as people choose it: its words, and what its artifacts came to here (None before the first)."""
+
+    name: str
+    method: Method
+    ratios: tuple[float, float] | None
+
+
+def method_cards() -> list[Card]:
+    """A card for each method of the catalogue, in its order, in one query."""
+    ratio = F("source_bytes") * 1.0 / F("artifact_bytes")
+    measured = (
+        Artifact.objects.filter(state=ArtifactState.PUBLISHED)
+        .order_by()
+        .values("method")
+        .annotate(low=Min(ratio, output_field=FloatField()), high=Max(ratio, output_field=FloatField()))
+    )
+    ratios = {row["method"]: (row["low"], row["high"]) for row in measured}
+    return [Card(name, method, ratios.get(name)) for name, method in METHODS.items()]
 
 
 def predictions(method: str) -> list[Prediction]:

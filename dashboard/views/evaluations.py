@@ -71,10 +71,12 @@ def evaluation_new(request: SignedInRequest) -> HttpResponse:
             )
             if job is not None:
                 return redirect("job-detail", job.pk)
+    marks = change_marks(form, before)
     context = {
         "form": form,
         "original": original,
-        "marks": change_marks(form, before),
+        "marks": marks,
+        "sections": form.sections(marks),
         **preview(request, form, EvaluationForm(as_data(form))),
     }
     region = "#preview" if wants_region(request) and "check" in request.POST else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from urllib.parse import urlencode
 
 from django.contrib import messages
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
@@ -12,12 +13,12 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 
 from compression_worker.catalog import METHODS
 from dashboard.forms.config import as_data, change_marks
-from dashboard.forms.jobs import JobFilterForm, MethodForm, clone_initial
-from dashboard.lifecycle import CancelRequest, JobKind, Refused
+from dashboard.forms.jobs import JobFilterForm, MethodForm, clone_initial, shared_values
+from dashboard.lifecycle import CancelRequest, JobKind, JobState, Refused
 from dashboard.models import Job, Priority
 from dashboard.permissions import rule
-from dashboard.pictures import curve_picture, strip_picture, timeline_picture
-from dashboard.selectors import jobs, outcomes, promises, sizes, waiting
+from dashboard.pictures import coding_picture, curve_picture, heatmap_picture, ledger_picture, timeline_picture
+from dashboard.selectors import jobs, outcomes, promises, registry, sizes, waiting
 from dashboard.services.jobs import compression_create, job_cancel, job_reprioritise, job_retry
 from dashboard.views.answers import SignedInRequest, attempt, found, live, wants_region
 from dashboard.views.previews import original_job, preview
@@ -46,8 +47,8 @@ def job_list(request: HttpRequest) -> HttpResponse:
 @require_GET
 def job_new(request: HttpRequest) -> HttpResponse:
     """The method cards."""
-    cards = [(name, method, sizes.typical_ratio(name)) for name, method in METHODS.items()]
-    return render(request, "jobs/new.html", {"cards": cards, "variant": request.GET.get("variant", "")})
+    carried = {"variant": request.GET["variant"]} if request.GET.get("variant") else {}
+    return render(request, "jobs/new.html", {"cards": sizes.method_cards(), "carried": urlencode(carried)})
 
 
 @rule("job.create")
@@ -67,12 +68,17 @@ def job_create(request: SignedInRequest, method: str) -> HttpResponse:
             job, status = attempt(form, lambda: _compress(request, method, form, original))
             if job is not None:
                 return redirect("job-detail", job.pk)
+    marks = change_marks(form, before)
     context = {
         "form": form,
+        "cards": sizes.method_cards(),
+        "has_choice": len(METHODS) > 1,
+        "carried": urlencode(shared_values(form)),
         "method": METHODS[method],
         "name": method,
         "original": original,
-        "marks": change_marks(form, before),
+        "marks": marks,
+        "sections": form.sections(marks),
         "sizes": sizes.predictions(method),
         **preview(request, form, MethodForm(as_data(form), method=method)),
     }
@@ -103,12 +109,16 @@ def job_detail(request: HttpRequest, pk: int) -> HttpResponse:
     def context() -> dict[str, object]:
         steps = jobs.job_steps(job)
         progress = jobs.job_progress(job, steps)
+        made = registry.artifact_of_job(job) if job.state == JobState.SUCCEEDED else None
+        matrices = registry.matrices(made.figures) if made else jobs.matrices_so_far(steps)
         return {
             "job": job,
             "steps": steps,
             "progress": progress,
             "timeline": timeline_picture(jobs.timeline_columns(steps)),
-            "strip": strip_picture(jobs.matrix_errors_so_far(steps)),
+            "ledger": ledger_picture(made.ledger, made.source_bytes) if made else None,
+            "heatmap": heatmap_picture(matrices),
+            "coding": coding_picture(matrices),
             "curve": curve_picture(jobs.losses_so_far(steps)),
             "log": jobs.log_tail(job),
             "wait": waiting.job_wait(job),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from django.contrib import messages
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
@@ -9,12 +12,20 @@ from django.utils.translation import gettext as _
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from dashboard.forms.registry import ImportForm, RetireForm, import_initial
-from dashboard.glossary import METRICS
+from dashboard.glossary import METRICS, metric_label
 from dashboard.lifecycle import JobKind
 from dashboard.models import Artifact
 from dashboard.permissions import rule
-from dashboard.pictures import curve_picture, ledger_picture, lineage_picture, pareto_picture, strip_picture
+from dashboard.pictures import (
+    coding_picture,
+    curve_picture,
+    heatmap_picture,
+    ledger_picture,
+    lineage_picture,
+    pareto_picture,
+)
 from dashboard.selectors import approvals, environments, evaluations, memo, outcomes, registry, storage
+from dashboard.selectors.comparisons import comparisons
 from dashboard.services.registry import artifact_retire, checkpoint_import
 from dashboard.views.answers import SignedInRequest, attempt, found
 from dashboard.views.previews import original_job
@@ -33,13 +44,15 @@ def checkpoint_list(request: HttpRequest) -> HttpResponse:
 def checkpoint_detail(request: HttpRequest, name: str) -> HttpResponse:
     checkpoint = found(lambda: registry.checkpoint_get(name))
     rows = registry.artifact_rows(checkpoint)
-    points, quality, higher = registry.quality_points(rows)
+    rules = evaluations.policy_rules()
     context = {
         "checkpoint": checkpoint,
         "rows": rows,
-        "quality": quality,
-        "verdicts": {row.artifact.pk: _verdict(row) for row in rows if row.metric},
-        "pareto": pareto_picture(points, quality, higher_is_better=higher),
+        "quality": next((metric_label(row.metric["name"]) for row in rows if row.metric), ""),
+        "verdicts": {row.artifact.pk: _verdict(row, rules) for row in rows if row.metric},
+        "comparisons": [
+            (one.name, pareto_picture(one.points, one.quality, note=one.note)) for one in comparisons(rows)
+        ],
         "lineage": lineage_picture(registry.lineage(checkpoint)),
         "damages": storage.damages_of_checkpoint(checkpoint),
         "variants": checkpoint.variants.order_by("name"),
@@ -49,8 +62,7 @@ def checkpoint_detail(request: HttpRequest, name: str) -> HttpResponse:
     return render(request, "registry/checkpoint.html", context)
 
 
-def _verdict(row: registry.ArtifactRow) -> evaluations.MetricRow | None:
-    rules = evaluations.policy_rules()
+def _verdict(row: registry.ArtifactRow, rules: Sequence[Mapping[str, Any]]) -> evaluations.MetricRow | None:
     results = {**row.evaluation.results, "metrics": [row.metric]} if row.evaluation else {}
     return next(iter(evaluations.metric_rows(results, rules)), None)
 
@@ -90,12 +102,14 @@ def artifact_detail(request: SignedInRequest, pk: int) -> HttpResponse:
 
 
 def _artifact_page(request: SignedInRequest, artifact: Artifact, form: RetireForm, status: int = 200) -> HttpResponse:
+    matrices = registry.matrices(artifact.figures)
     rows = list(artifact.evaluations.select_related("text_set", "choice_set", "job").order_by("-created_at"))
     rules = evaluations.policy_rules()
     context = {
         "artifact": artifact,
         "ledger": ledger_picture(artifact.ledger, artifact.source_bytes),
-        "strip": strip_picture(registry.matrix_errors(artifact.figures)),
+        "heatmap": heatmap_picture(matrices),
+        "coding": coding_picture(matrices),
         "curve": curve_picture(registry.distillation_losses(artifact.figures)),
         "evaluations": rows,
         "settings": outcomes.artifact_settings(artifact),

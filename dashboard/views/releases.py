@@ -12,9 +12,9 @@ from django.views.decorators.http import require_GET, require_POST
 
 from dashboard.forms.releases import DeployForm, FullPrecisionForm, RollbackForm
 from dashboard.lifecycle import DeploymentKind
-from dashboard.models import Environment
+from dashboard.models import Deployment, Environment
 from dashboard.permissions import rule
-from dashboard.pictures import generations_picture
+from dashboard.pictures import Picture, generations_picture, ledger_picture
 from dashboard.selectors import approvals, environments
 from dashboard.services.releases import deployment_create, deployment_full_precision, rollback
 from dashboard.views.answers import SignedInRequest, attempt, found, live
@@ -68,6 +68,7 @@ def _release_page(request: HttpRequest, environment: Environment, forms: Forms, 
             "forms": forms,
             "deployable": environments.approvals_deployable(),
             "certificate": approvals.certificate_valid(deployment.variant) if deployment else None,
+            "ledger": _ledger(deployment),
             "is_full": deployment is not None and deployment.kind != DeploymentKind.COMPRESSED,
         }
 
@@ -83,6 +84,12 @@ def _release_page(request: HttpRequest, environment: Environment, forms: Forms, 
     if status != 200:
         response.status_code = status
     return response
+
+
+def _ledger(deployment: Deployment | None) -> Picture | None:
+    """Where the bytes of what is served are; nothing at full precision."""
+    artifact = deployment.artifact if deployment else None
+    return ledger_picture(artifact.ledger, artifact.source_bytes) if artifact else None
 
 
 @rule("deploy.deploy")

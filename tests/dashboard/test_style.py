@@ -7,6 +7,8 @@ import re
 import pytest
 from django.conf import settings
 
+from dashboard.pictures.heatmap import LEVELS, STRONG
+
 CSS = (settings.ROOT / "dashboard" / "static" / "dashboard" / "deltaworks.css").read_text()
 LIGHT, DARK_BY_SYSTEM, DARK_BY_CHOICE = (
     dict(re.findall(r"--([\w-]+):\s*(#[0-9a-f]{6});", CSS[CSS.index(start) : CSS.index("}", CSS.index(start))]))
@@ -19,6 +21,7 @@ PAIRS = [
     ("ink-2", "neutral-soft"),
     ("on-accent", "accent"),
     ("paper", "bad"),
+    *[("paper" if level >= STRONG else "ink", f"heat-{level}") for level in range(LEVELS)],
 ]
 
 

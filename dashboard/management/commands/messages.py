@@ -39,6 +39,9 @@ PO, MO = FOLDER / "django.po", FOLDER / "django.mo"
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 """A fixed date in the header: equal messages give equal files."""
 
+WORDS_OF_A_SETTING = ("help", "group", "empty")
+"""What a setting's metadata says to people, beside its label."""
+
 Message = str | tuple[str, ...]
 
 
@@ -81,9 +84,9 @@ def _extracted(source: bytes) -> Iterator[Message]:
 
 
 def _words_of_the_worker() -> Iterator[str]:
-    """What pages show of tables that know no gettext: summaries of methods, labels and helps of settings."""
+    """What pages show of tables that know no gettext: the cards of methods, labels and helps of settings."""
     for method in METHODS.values():
-        yield method.summary
+        yield from method.words
         yield from _words_of_config(method.config_class())
     yield from _words_of_config(EvaluationConfig)
 
@@ -91,8 +94,7 @@ def _words_of_the_worker() -> Iterator[str]:
 def _words_of_config(config: type[Any]) -> Iterator[str]:
     for one in fields(config):
         yield config_label(one)
-        if one.metadata.get("help"):
-            yield one.metadata["help"]
+        yield from (one.metadata[key] for key in WORDS_OF_A_SETTING if one.metadata.get(key))
 
 
 def updated() -> Catalog:
