@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.packing import pack_bits, unpack_bits, unpack_signs, words_for
+from kernels.packing import (
+    code_words,
+    pack_bits,
+    pack_code_rows,
+    pack_codes,
+    unpack_bits,
+    unpack_code_rows,
+    unpack_codes,
+    unpack_signs,
+    words_for,
+)
 from kernels.sign_pack.reference import sign_pack, sign_pack_tiles
 
 SHAPES = [(1, 1), (7, 33), (1, 32), (5, 63), (3, 65), (16, 128), (300, 1000)]
@@ -87,3 +97,63 @@ def test_it_refuses_tiles_that_do_not_fill_the_matrix() -> None:
 def test_it_refuses_words_of_another_width() -> None:
     with pytest.raises(ValueError, match="hold no matrix of 65 inputs"):
         unpack_bits(torch.zeros((2, 3), dtype=torch.int32), 65)
+
+
+CODE_CASES = [(count, bits) for count in (0, 1, 7, 8, 9, 33, 1000) for bits in range(1, 9)]
+
+
+def random_codes(shape: tuple[int, ...], bits: int) -> torch.Tensor:
+    return torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+
+
+@pytest.mark.parametrize(("count", "bits"), CODE_CASES)
+def test_codes_come_back_from_a_stream_of_the_fewest_bytes(count: int, bits: int) -> None:
+    codes = random_codes((count,), bits)
+    packed = pack_codes(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert len(packed) == -(-count * bits // 8)
+    assert torch.equal(unpack_codes(packed, count, bits), codes)
+
+
+@pytest.mark.parametrize(("count", "bits"), CODE_CASES)
+def test_each_row_of_codes_is_a_stream_of_words_of_its_own(count: int, bits: int) -> None:
+    codes = random_codes((3, count), bits)
+    words = pack_code_rows(codes, bits)
+    assert words.dtype == torch.int32
+    assert words.shape == (3, code_words(count, bits))
+    assert torch.equal(unpack_code_rows(words, count, bits), codes)
+    for row in range(3):
+        assert torch.equal(words[row : row + 1], pack_code_rows(codes[row : row + 1], bits))
+
+
+def test_a_stream_starts_at_the_least_significant_bit() -> None:
+    assert pack_codes(torch.tensor([1, 2, 3]), 4).tolist() == [0x21, 0x03]
+    assert pack_codes(torch.tensor([5, 6, 7]), 3).tolist() == [5 | 6 << 3 | (7 & 3) << 6, 7 >> 2]
+    assert pack_code_rows(torch.tensor([[255, 0, 0, 128, 1]]), 8).tolist() == [[255 - (1 << 31), 1]]
+
+
+def test_codes_of_no_rows_make_no_words() -> None:
+    assert pack_code_rows(torch.zeros((0, 5), dtype=torch.uint8), 3).shape == (0, 1)
+    assert unpack_code_rows(torch.zeros((0, 1), dtype=torch.int32), 5, 3).shape == (0, 5)
+
+
+def test_it_refuses_codes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"codes of 4 bits lie in 0 .. 15; these lie in 0 .. 16"):
+        pack_codes(torch.tensor([0, 16]), 4)
+    with pytest.raises(ValueError, match=r"these lie in -1 .. 0"):
+        pack_codes(torch.tensor([0, -1]), 4)
+    with pytest.raises(ValueError, match="codes of 9 bits cannot be packed"):
+        pack_codes(torch.tensor([0]), 9)
+    with pytest.raises(ValueError, match="whole numbers"):
+        pack_codes(torch.tensor([0.5]), 4)
+    with pytest.raises(ValueError, match="no stream"):
+        pack_codes(torch.zeros((2, 2), dtype=torch.uint8), 4)
+    with pytest.raises(ValueError, match="no rows"):
+        pack_code_rows(torch.zeros(2, dtype=torch.uint8), 4)
+
+
+def test_it_refuses_a_stream_of_another_length() -> None:
+    with pytest.raises(ValueError, match="5 codes of 3 bits is 2 bytes long"):
+        unpack_codes(torch.zeros(3, dtype=torch.uint8), 5, 3)
+    with pytest.raises(ValueError, match="5 codes of 8 bits is 2 words"):
+        unpack_code_rows(torch.zeros((1, 3), dtype=torch.int32), 5, 8)
