@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kernels.group_mask import kernel
 from kernels.group_mask.reference import _smallest, group_mask, keep_factors, keep_positions, kept_per_row, philox
+from kernels.registry import OPS
 from tests.kernels.device import DEVICE
 
 SHAPES = [(3, 32, 16, 8), (5, 33, 16, 8), (2, 7, 16, 4), (4, 45, 10, 5), (3, 64, 1, 1), (1, 1, 4, 4), (6, 100, 100, 32)]
@@ -106,10 +107,7 @@ def test_it_refuses_what_no_counter_can_hold(changed: dict[str, object], message
         keep_positions(**arguments)  # type: ignore[arg-type]
 
 
-MORE_SHAPES = [*SHAPES, (3, 300, 300, 8), (2, 2100, 2048, 32), (9, 40, 64, 8)]
-
-
-@pytest.mark.parametrize(("rows", "inputs", "group_size", "ratio"), MORE_SHAPES)
+@pytest.mark.parametrize(("rows", "inputs", "group_size", "ratio"), OPS["group_mask"].shapes)
 @pytest.mark.parametrize(("seed", "tensor"), [(0, 0), (1, 1), (0xFEDCBA9876543210, 0xFFFFFFFF)])
 def test_the_kernel_makes_the_same_bits(
     rows: int, inputs: int, group_size: int, ratio: int, seed: int, tensor: int

@@ -13,7 +13,9 @@ from kernels.registry import OPS, choose, load
 
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
-CASES = [(name, shape, dtype) for name, op in OPS.items() for shape in op.shapes for dtype in op.tolerances]
+CASES = [
+    (name, shape, dtype) for name in ("binary_matmul",) for shape in OPS[name].shapes for dtype in OPS[name].tolerances
+]
 
 
 def operands(shape: tuple[int, ...], dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
