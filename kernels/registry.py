@@ -33,6 +33,13 @@ OPS: dict[str, Op] = {
         shapes=((1, 1, 32), (3, 7, 33), (5, 1, 65), (17, 65, 63), (20, 96, 160)),
         tolerances={"float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (2e-2, 2e-2)},
     ),
+    "sign_pack": Op(
+        reference="kernels.sign_pack.reference:sign_pack_rows",
+        kernel="kernels.sign_pack.kernel:sign_pack_rows",
+        # (N, K). One element, tails of one bit and of all but one, several blocks each way.
+        shapes=((1, 1), (7, 33), (1, 32), (5, 63), (3, 65), (33, 128), (40, 300)),
+        tolerances={"float32": (1e-6, 0.0), "float16": (1e-6, 0.0), "bfloat16": (1e-6, 0.0)},
+    ),
     "group_mask": Op(
         reference="kernels.group_mask.reference:group_mask",
         kernel="kernels.group_mask.kernel:group_mask",
