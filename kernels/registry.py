@@ -16,7 +16,8 @@ CHOICES = ("reference", "triton", "auto")
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. ``shapes`` are ``(M, N, K)``; ``tolerances`` map a dtype's name to ``(relative, absolute)``."""
+    """One operation. ``shapes`` are those to test, as the operation's line says; ``tolerances`` map a dtype's name to
+    ``(relative, absolute)``, and an operation without them agrees bit for bit."""
 
     reference: str
     kernel: str
@@ -28,8 +29,49 @@ OPS: dict[str, Op] = {
     "binary_matmul": Op(
         reference="kernels.binary_matmul.reference:binary_matmul",
         kernel="kernels.binary_matmul.kernel:binary_matmul",
-        # One odd, one with a tail of one bit, one that needs several blocks each way.
+        # (M, N, K). One odd, one with a tail of one bit, one that needs several blocks each way.
         shapes=((1, 1, 32), (3, 7, 33), (5, 1, 65), (17, 65, 63), (20, 96, 160)),
+        tolerances={"float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (2e-2, 2e-2)},
+    ),
+    "sign_pack": Op(
+        reference="kernels.sign_pack.reference:sign_pack_rows",
+        kernel="kernels.sign_pack.kernel:sign_pack_rows",
+        # (N, K). One element, tails of one bit and of all but one, several blocks each way.
+        shapes=((1, 1), (7, 33), (1, 32), (5, 63), (3, 65), (33, 128), (40, 300)),
+        tolerances={"float32": (1e-6, 0.0), "float16": (1e-6, 0.0), "bfloat16": (1e-6, 0.0)},
+    ),
+    "group_mask": Op(
+        reference="kernels.group_mask.reference:group_mask",
+        kernel="kernels.group_mask.kernel:group_mask",
+        # (rows, K, group size, ratio). Short last groups, groups no multiple of the ratio, one larger than the row.
+        shapes=(
+            (3, 32, 16, 8),
+            (5, 33, 16, 8),
+            (2, 7, 16, 4),
+            (4, 45, 10, 4),
+            (3, 64, 1, 1),
+            (1, 1, 4, 4),
+            (6, 100, 100, 32),
+            (3, 300, 300, 8),
+            (2, 2100, 2048, 32),
+            (9, 40, 64, 8),
+        ),
+        tolerances={},
+    ),
+    "sparse_delta_matmul": Op(
+        reference="kernels.sparse_delta_matmul.reference:sparse_delta_matmul",
+        kernel="kernels.sparse_delta_matmul.kernel:sparse_delta_matmul",
+        # (M, N, K, group size, ratio, bits). Groups inside a tile, groups over several, short last groups of each.
+        shapes=(
+            (1, 1, 16, 16, 8, 4),
+            (3, 7, 33, 16, 8, 3),
+            (17, 3, 40, 1, 1, 8),
+            (2, 5, 90, 20, 3, 7),
+            (3, 4, 7, 16, 8, 1),
+            (2, 3, 133, 100, 8, 4),
+            (3, 5, 270, 200, 8, 4),
+            (2, 33, 140, 140, 32, 2),
+        ),
         tolerances={"float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (2e-2, 2e-2)},
     ),
 }

@@ -1,74 +1,250 @@
-"""``y = scale * x @ S^T`` from packed signs in Triton: words are loaded once and opened in registers.
+"""The binary product in Triton: base, deltas of any tenants, scales and bias in one kernel; words are read once.
 
-Each program makes one ``(BLOCK_M, BLOCK_N)`` tile of y. A step over K loads ``BLOCK_K / 32`` rows of words, shifts each
-word by 0..31 into its bits, and multiplies +-1 tiles. The tail of K is masked on x, so the zero padding of the last
-word (which would read as -1) adds nothing. Sums are fp32; the scale is applied once, in fp32, before the one store.
+Lines are tokens sorted by delta (``Segments``). Each program makes a ``(BLOCK_M, BLOCK_N)`` tile of y: first the
+base's product for all its lines, then one product for each delta that occurs among them, in which the lines of others
+are zero, so that a line's sum is made of its own numbers alone. A step over K reads ``BLOCK_K / 32`` lines of words and
+opens them into +-1 in registers; the tail of K is masked on x, so that the zero bits after it (which would read as -1)
+add nothing. Sums are fp32. Scales of a tensor or row are applied after the sum, those of groups of whole steps after
+each step, and finer ones on the signs, then in fp32 (TF32 on tensor cores: three bits finer than bf16, in its range).
+
+K is cut into spans of ``SPAN`` that are summed apart and then added in order. For few tokens each span has a program of
+its own and a second kernel adds them (split-K without atomics), for many one program does all: the same bits. Grids
+depend on shapes alone and lengths are read on the device, so a call can be captured in a CUDA graph. Tiles depend on a
+bucket of M and nothing is tuned at run time; with ``invariant`` they do not even depend on that.
 """
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from kernels.binary_matmul.gradients import scale_gradient, x_gradient
+from kernels.binary_matmul.operands import Operands, Segments, operands_of
+from kernels.binary_matmul.signs import open_signs, segment_of
+from kernels.precision import check_dtype, dot_precision, upcast
+
+SPAN = 1024
+"""Inputs summed together: 4 programs along a K of 4096, so that 64 tiles of N occupy a large GPU."""
+FEW_TOKENS = 64
+"""Up to here the spans are spread over programs; above, the tiles of M are enough of them."""
+BLOCK_K = 64
+AT_THE_END, EACH_STEP, ON_SIGNS = 0, 1, 2
 
 
 @triton.jit
-def _binary_matmul_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, packed_ptr, scale_ptr, y_ptr,
-    M, N, K,
-    stride_xm, stride_xk, stride_pr, stride_pn, stride_ym, stride_yn,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, packed_ptr, scale_ptr, weight_ptr, bias_ptr, order_ptr, ids_ptr, out_ptr,
+    M, N, K, words, deltas, group_size,
+    stride_xm, stride_xk, stride_pm, stride_pr, stride_pn, stride_sm, stride_sn, stride_sc,
+    stride_wn, stride_wk, stride_b,
+    MASKS: tl.constexpr, FUSED: tl.constexpr, BIASED: tl.constexpr, MAPPED: tl.constexpr, SCALED: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, SPAN: tl.constexpr, SPREAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # 64-bit offsets: M * K passes 2^31 elements on long batches of wide layers.
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    line = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, delta_of = segment_of(line, order_ptr, ids_ptr, M, MAPPED)
+    # 64-bit offsets: M * K and N * K pass 2^31 elements on long batches and wide layers.
+    row = row.to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_column = columns < N
     inner = tl.arange(0, BLOCK_K)
+    word_line = tl.arange(0, BLOCK_K // 32)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        index = start + inner
-        x = tl.load(
-            x_ptr + rows[:, None] * stride_xm + index[None, :] * stride_xk,
-            mask=(rows[:, None] < M) & (index[None, :] < K),
+    if SPREAD:
+        first, last = tl.program_id(2) * SPAN, tl.minimum(K, (tl.program_id(2) + 1) * SPAN)
+    else:
+        first, last = 0, K
+    for span in range(first, last, SPAN):
+        stop = tl.minimum(K, span + SPAN)
+        part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if FUSED:
+            for start in range(span, stop, BLOCK_K):
+                index = start + inner
+                is_index = index < K
+                x = tl.load(
+                    x_ptr + row[:, None] * stride_xm + index[None, :] * stride_xk,
+                    mask=(line < M)[:, None] & is_index[None, :],
+                    other=0.0,
+                )
+                w = tl.load(
+                    weight_ptr + columns.to(tl.int64)[None, :] * stride_wn + index[:, None] * stride_wk,
+                    mask=is_index[:, None] & is_column[None, :],
+                    other=0.0,
+                )
+                if UPCAST:
+                    part += tl.dot(x.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+                else:
+                    part += tl.dot(x, w)
+        delta = tl.min(tl.where(delta_of >= 0, delta_of, deltas))
+        while delta < deltas:
+            own = delta_of == delta
+            for mask in range(MASKS):
+                matrix = (delta * MASKS + mask).to(tl.int64)
+                scale_at = scale_ptr + matrix * stride_sm + columns * stride_sn
+                signed = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                for start in range(span, stop, BLOCK_K):
+                    index = start + inner
+                    x = tl.load(
+                        x_ptr + row[:, None] * stride_xm + index[None, :] * stride_xk,
+                        mask=own[:, None] & (index < K)[None, :],
+                        other=0.0,
+                    )
+                    at = start // 32 + word_line
+                    word = tl.load(
+                        packed_ptr + matrix * stride_pm + at[:, None] * stride_pr + columns[None, :] * stride_pn,
+                        mask=(at < words)[:, None] & is_column[None, :],
+                        other=0,
+                    )
+                    if SCALED == 2:
+                        scale = tl.load(
+                            scale_at[None, :] + (index // group_size)[:, None] * stride_sc,
+                            mask=(index < K)[:, None] & is_column[None, :],
+                            other=0.0,
+                        )
+                        sign = open_signs(word, tl.float32, BLOCK_K, BLOCK_N)
+                        signed += tl.dot(x.to(tl.float32), sign * scale, input_precision=PRECISION)
+                    else:
+                        if UPCAST:
+                            sign = open_signs(word, tl.float32, BLOCK_K, BLOCK_N)
+                            product = tl.dot(x.to(tl.float32), sign, input_precision="ieee")
+                        else:
+                            product = tl.dot(x, open_signs(word, x.dtype, BLOCK_K, BLOCK_N))
+                        if SCALED == 1:
+                            scale = tl.load(scale_at + (start // group_size) * stride_sc, mask=is_column, other=0.0)
+                            signed += product * scale[None, :]
+                        else:
+                            signed += product
+                if SCALED == 0:
+                    signed = signed * tl.load(scale_at, mask=is_column, other=0.0)[None, :]
+                part += signed
+            delta = tl.min(tl.where(delta_of > delta, delta_of, deltas))
+        total += part
+    # A delta that is not resident must never be answered by another's.
+    total = tl.where(((delta_of >= -1) & (delta_of < deltas))[:, None], total, float("nan"))
+    if SPREAD:
+        row += tl.program_id(2).to(tl.int64) * M
+    elif BIASED:
+        bias_row = tl.where(delta_of < 0, deltas, delta_of)
+        total += tl.load(
+            bias_ptr + bias_row[:, None] * stride_b + columns[None, :],
+            mask=((line < M) & (bias_row <= deltas))[:, None] & is_column[None, :],
             other=0.0,
-        )
-        word = tl.load(
-            packed_ptr + (index[:, None] // 32) * stride_pr + columns[None, :] * stride_pn,
-            mask=(index[:, None] < K) & (columns[None, :] < N),
-            other=0,
-        )
-        bit = (word >> (index[:, None] % 32)) & 1
-        sign = (2 * bit - 1).to(tl.float32)
-        if UPCAST:
-            # The interpreter computes bf16 products wrongly, and fp32 input wants fp32 products everywhere.
-            total += tl.dot(x.to(tl.float32), sign, input_precision="ieee")
-        else:
-            total += tl.dot(x, sign.to(x.dtype))
-    scale = tl.load(scale_ptr).to(tl.float32)
+        ).to(tl.float32)
     tl.store(
-        y_ptr + rows[:, None] * stride_ym + columns[None, :] * stride_yn,
-        (total * scale).to(y_ptr.dtype.element_ty),
-        mask=(rows[:, None] < M) & (columns[None, :] < N),
+        out_ptr + row[:, None] * N + columns[None, :],
+        total.to(out_ptr.dtype.element_ty),
+        mask=(line < M)[:, None] & is_column[None, :],
     )
 
 
-def binary_matmul(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """x ``(M, K)``, packed ``(ceil(K/32), N)`` -> ``(M, N)`` in x's dtype. Blocks depend on a bucket of M."""
-    rows, inputs = x.shape
-    outputs = packed.shape[1]
-    if packed.shape[0] != -(-inputs // 32):
-        raise ValueError(f"{packed.shape[0]} words hold no matrix of {inputs} inputs")
-    y = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    factor = torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(1)
-    block_m, block_n = (16, 64) if rows <= 16 else (64, 64)
-    grid = (triton.cdiv(rows, block_m), triton.cdiv(outputs, block_n))
-    _binary_matmul_kernel[grid](
-        x, packed, factor, y,
-        rows, outputs, inputs,
-        x.stride(0), x.stride(1), packed.stride(0), packed.stride(1), y.stride(0), y.stride(1),
-        UPCAST=INTERPRETED or x.dtype == torch.float32, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64,
+@triton.jit
+def _add_spans_kernel(  # type: ignore[no-untyped-def]
+    parts_ptr, bias_ptr, order_ptr, ids_ptr, y_ptr, M, N, deltas, spans, stride_b,
+    BIASED: tl.constexpr, MAPPED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0)
+    row, delta_of = segment_of(line, order_ptr, ids_ptr, M, MAPPED)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = row.to(tl.int64) * N + columns
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for span in range(0, spans):
+        total += tl.load(parts_ptr + tl.cast(span, tl.int64) * M * N + at, mask=columns < N, other=0.0)
+    if BIASED:
+        bias_row = tl.where(delta_of < 0, deltas, delta_of)
+        is_bias = (columns < N) & (bias_row <= deltas)
+        total += tl.load(bias_ptr + bias_row * stride_b + columns, mask=is_bias, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=columns < N)
+
+
+class _BinaryMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, operands: Operands, invariant: bool
+    ) -> torch.Tensor:
+        del scale, bias
+        ctx.save_for_backward(x)
+        ctx.operands = operands
+        return _forward(x, operands, invariant)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (dy,), (x,) = gradients, ctx.saved_tensors
+        wants_x, wants_scale, wants_bias = ctx.needs_input_grad[:3]
+        dx = x_gradient(dy, x, ctx.operands) if wants_x else None
+        dscale = scale_gradient(dy, x, ctx.operands) if wants_scale else None
+        dbias = dy.sum(dim=0, dtype=torch.float32).to(ctx.operands.bias.dtype) if wants_bias else None
+        return dx, dscale, dbias, None, None
+
+
+def _forward(x: torch.Tensor, operands: Operands, invariant: bool) -> torch.Tensor:
+    (tokens, inputs), outputs = x.shape, operands.packed.shape[3]
+    y = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    deltas, masks, words, _ = operands.packed.shape
+    weight, bias, segments = operands.weight, operands.bias, operands.segments
+    order, ids = (segments.order, segments.ids) if segments else (operands.packed, operands.packed)
+    block_m, block_n = (16, 64) if invariant or tokens <= 16 else (64, 64)
+    spans = triton.cdiv(inputs, SPAN)
+    spread = spans > 1 and tokens <= FEW_TOKENS
+    out = torch.empty((spans, tokens, outputs), dtype=torch.float32, device=x.device) if spread else y
+    stride_w = (0, 0) if weight is None else weight.stride()
+    stride_b = bias.stride(0) if bias is not None and bias.dim() == 2 else 0
+    grid = (triton.cdiv(tokens, block_m), triton.cdiv(outputs, block_n), spans if spread else 1)
+    _forward_kernel[grid](
+        x, operands.packed, operands.scale, x if weight is None else weight, x if bias is None else bias,
+        order, ids, out,
+        tokens, outputs, inputs, words, deltas, operands.group_size,
+        *x.stride(), *operands.packed.stride()[1:], *_scale_strides(operands.scale), *stride_w, stride_b,
+        MASKS=masks, FUSED=weight is not None, BIASED=bias is not None, MAPPED=segments is not None,
+        SCALED=_scaled(operands), UPCAST=upcast(x.dtype), PRECISION=dot_precision(x.dtype), SPAN=SPAN, SPREAD=spread,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K,
     )  # fmt: skip
+    if spread:
+        _add_spans_kernel[(tokens, triton.cdiv(outputs, 1024))](
+            out, x if bias is None else bias, order, ids, y, tokens, outputs, deltas, spans, stride_b,
+            BIASED=bias is not None, MAPPED=segments is not None, BLOCK_N=1024,
+        )  # fmt: skip
+    return y
+
+
+def _scale_strides(scale: torch.Tensor) -> tuple[int, int, int]:
+    """Of a matrix, an output and a group: 0 along an axis of length 1, which all of them share."""
+    return scale.stride(1), *(0 if scale.shape[axis] == 1 else scale.stride(axis) for axis in (2, 3))
+
+
+def _scaled(operands: Operands) -> int:
+    """Where the scale is applied."""
+    if operands.scale.shape[3] == 1:
+        return AT_THE_END
+    return EACH_STEP if operands.group_size % BLOCK_K == 0 else ON_SIGNS
+
+
+def binary_matmul(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor | float,
+    *,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    segments: Segments | None = None,
+    group_size: int | None = None,
+    invariant: bool | None = None,
+) -> torch.Tensor:
+    """x ``(M, K)`` -> ``(M, N)`` in x's dtype; differentiable in x, scale and bias. Shapes as in ``operands``.
+
+    ``invariant`` True makes a token's result independent, bit for bit, of how many others stand in the batch, for
+    which long prompts pay (one small tile for any M); None means True where there are segments, else False.
+    """
+    check_dtype(x.dtype)
+    operands = operands_of(
+        x, packed.contiguous(), scale, weight=weight, bias=bias, segments=segments, group_size=group_size
+    )
+    operands = replace(operands, scale=operands.scale.contiguous())
+    steady = segments is not None if invariant is None else invariant
+    y: torch.Tensor = _BinaryMatmul.apply(x, operands.scale, bias, operands, steady)
     return y

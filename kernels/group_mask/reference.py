@@ -30,7 +30,7 @@ def keep_positions(seed: int, tensor: int, rows: range, inputs: int, group_size:
 
     ``seed`` has 64 bits, ``tensor`` and the rows 32. A row's columns do not depend on which rows are asked for.
     """
-    _check(seed, tensor, rows, inputs, group_size, ratio)
+    check_mask(seed, tensor, rows, inputs, group_size, ratio)
     kept = np.empty((len(rows), kept_per_row(inputs, group_size, ratio)), dtype=np.int64)
     whole, rest = divmod(inputs, group_size)
     step, split = max(1, TILE_KEYS // inputs), whole * -(-group_size // ratio)
@@ -86,7 +86,8 @@ def philox(
     return c0, c1, c2, c3
 
 
-def _check(seed: int, tensor: int, rows: range, inputs: int, group_size: int, ratio: int) -> None:
+def check_mask(seed: int, tensor: int, rows: range, inputs: int, group_size: int, ratio: int) -> None:
+    """Refuse what no counter can hold."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed {seed} does not fit 64 bits")
     if not 0 <= tensor < 1 << 32:

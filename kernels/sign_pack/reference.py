@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.packing import words_for
+from kernels.packing import pack_bits, words_for
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,30 @@ class SignPack:
     packed: torch.Tensor
     sum_abs: float
     sum_squares: float
+
+
+@dataclass(frozen=True)
+class SignRows:
+    """``packed (ceil(K/32), N)`` int32, and ``sum |D|`` and ``sum D^2`` of each row in fp64 ``(N,)``."""
+
+    packed: torch.Tensor
+    sum_abs: torch.Tensor
+    sum_squares: torch.Tensor
+
+
+def check_pair(base: torch.Tensor, finetuned: torch.Tensor) -> None:
+    """Refuse two tensors that are no matrices of one shape."""
+    if base.dim() != 2 or base.shape != finetuned.shape:
+        raise ValueError(f"base {tuple(base.shape)} and variant {tuple(finetuned.shape)} are no matrices of one shape")
+
+
+def sign_pack_rows(base: torch.Tensor, finetuned: torch.Tensor) -> SignRows:
+    """base, finetuned ``(N, K)`` -> their :class:`SignRows`, the obvious way and with every temporary in memory."""
+    check_pair(base, finetuned)
+    delta = finetuned.to(torch.float32) - base.to(torch.float32)
+    packed = pack_bits(finetuned.to(torch.float32) >= base.to(torch.float32))
+    wide = delta.to(torch.float64)
+    return SignRows(packed, wide.abs().sum(dim=1), wide.square().sum(dim=1))
 
 
 def sign_pack_tiles(tiles: Iterable[tuple[torch.Tensor, torch.Tensor]], outputs: int, inputs: int) -> SignPack:

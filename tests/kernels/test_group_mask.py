@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+from kernels.group_mask import kernel
 from kernels.group_mask.reference import _smallest, group_mask, keep_factors, keep_positions, kept_per_row, philox
+from kernels.registry import OPS
+from tests.kernels.device import DEVICE
 
 SHAPES = [(3, 32, 16, 8), (5, 33, 16, 8), (2, 7, 16, 4), (4, 45, 10, 5), (3, 64, 1, 1), (1, 1, 4, 4), (6, 100, 100, 32)]
 
@@ -100,3 +105,38 @@ def test_it_refuses_what_no_counter_can_hold(changed: dict[str, object], message
     arguments = {"seed": 0, "tensor": 0, "rows": range(1), "inputs": 8, "group_size": 8, "ratio": 2} | changed
     with pytest.raises(ValueError, match=message):
         keep_positions(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rows", "inputs", "group_size", "ratio"), OPS["group_mask"].shapes)
+@pytest.mark.parametrize(("seed", "tensor"), [(0, 0), (1, 1), (0xFEDCBA9876543210, 0xFFFFFFFF)])
+def test_the_kernel_makes_the_same_bits(
+    rows: int, inputs: int, group_size: int, ratio: int, seed: int, tensor: int
+) -> None:
+    mask = kernel.group_mask(seed, tensor, rows, inputs, group_size, ratio, DEVICE)
+    assert mask.dtype == torch.bool
+    assert torch.equal(mask.cpu(), group_mask(seed, tensor, rows, inputs, group_size, ratio))
+
+
+def test_the_kernel_keeps_equal_keys_from_the_left() -> None:
+    keys = torch.tensor([[5, 3, 3, 3], [1, 2, 3, 4], [7, 7, 7, 7], [-1, -1, 0, 0]], dtype=torch.int32, device=DEVICE)
+    kept = torch.tensor([2, 2, 3, 3], dtype=torch.int32, device=DEVICE)
+    found = torch.empty((4, 4), dtype=torch.int8, device=DEVICE)
+    _smallest_kernel[(1,)](keys, kept, found)
+    assert found.tolist() == [[0, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+
+
+@triton.jit
+def _smallest_kernel(keys_ptr, kept_ptr, found_ptr):  # type: ignore[no-untyped-def]
+    line = tl.arange(0, 4)
+    at = line[:, None] * 4 + line[None, :]
+    keys = tl.load(keys_ptr + at).to(tl.uint32, bitcast=True)
+    tl.store(found_ptr + at, kernel.smallest(keys, tl.load(kept_ptr + line)).to(tl.int8))
+
+
+def test_no_rows_make_an_empty_mask() -> None:
+    assert kernel.group_mask(0, 0, 0, 8, 8, 2, DEVICE).shape == (0, 8)
+
+
+def test_the_kernel_refuses_a_group_that_no_tile_holds() -> None:
+    with pytest.raises(ValueError, match="a group of 131073 elements is too large"):
+        kernel.group_mask(0, 0, 1, 1 << 20, (1 << 17) + 1, 8, DEVICE)

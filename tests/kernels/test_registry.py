@@ -1,8 +1,8 @@
-"""Every operation of the table: its kernel agrees with its reference, in each dtype, at odd shapes."""
+"""The table of operations and the choice between twin and kernel; and the binary product's short call."""
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ import torch
 import kernels
 from kernels.packing import pack_bits, unpack_signs
 from kernels.registry import OPS, choose, load
+from tests.kernels.device import DEVICE
 
-ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-DEVICE = "cuda" if ON_GPU else "cpu"
-CASES = [(name, shape, dtype) for name, op in OPS.items() for shape in op.shapes for dtype in op.tolerances]
+OP = OPS["binary_matmul"]
+CASES = [(shape, dtype) for shape in OP.shapes for dtype in OP.tolerances]
 
 
 def operands(shape: tuple[int, ...], dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -25,12 +25,20 @@ def operands(shape: tuple[int, ...], dtype: str) -> tuple[torch.Tensor, torch.Te
     return x.to(DEVICE), packed.to(DEVICE), torch.tensor(0.125, device=DEVICE)
 
 
-@pytest.mark.parametrize(("name", "shape", "dtype"), CASES)
-def test_the_kernel_agrees_with_a_dense_product_in_double(name: str, shape: tuple[int, ...], dtype: str) -> None:
+@pytest.mark.parametrize("name", OPS)
+def test_each_operation_names_a_twin_a_kernel_and_odd_shapes(name: str) -> None:
+    op = OPS[name]
+    assert load(op.reference) is not load(op.kernel)
+    assert any(size % 2 for shape in op.shapes for size in shape)
+    assert (Path(__file__).parent / f"test_{name}.py").exists()
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_one_delta_alone_agrees_with_a_dense_product_in_double(shape: tuple[int, ...], dtype: str) -> None:
     x, packed, scale = operands(shape, dtype)
     expected = 0.125 * x.double() @ unpack_signs(packed, shape[-1], torch.float64).T
-    relative, absolute = OPS[name].tolerances[dtype]
-    for path in (OPS[name].reference, OPS[name].kernel):
+    relative, absolute = OP.tolerances[dtype]
+    for path in (OP.reference, OP.kernel):
         y = load(path)(x, packed, scale)
         assert y.dtype == x.dtype
         torch.testing.assert_close(y.double(), expected, rtol=relative, atol=absolute)
