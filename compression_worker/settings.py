@@ -54,8 +54,9 @@ def completed(config: type[Any], given: Mapping[str, Any]) -> Json:
     """``given``, and the settings that have another default because of them (metadata ``default_with``)."""
     values = dict(given)
     for field in fields(config):
-        others = {} if field.name in given else field.metadata.get("default_with", {})
-        values |= {field.name: value for other, value in others.items() if given.get(other) is not None}
+        for other, value in field.metadata.get("default_with", {}).items():
+            if field.name not in given and given.get(other) is not None:
+                values[field.name] = value
     return values
 
 
