@@ -49,6 +49,9 @@ POINTS: Final[dict[str, str]] = {
     "evaluation.target": "a target was measured",
     "evaluation.summary": "the summary is about to be stored",
     "rehearse.restored": "full precision was restored for a rehearsal",
+    "escrow.encoded": "a group of tensors is coded, its file not yet written",
+    "escrow.manifest": "the manifest of an escrow is about to be stored",
+    "escrow.restored": "a weight file was restored from an escrow",
     # The parent that watches
     "launch.start": "a child is about to be started",
     "launch.sent": "a step was handed to the child",
