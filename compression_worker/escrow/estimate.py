@@ -10,8 +10,6 @@ from compression_worker.preflight import Estimate, Model, StepLoad
 
 GROUP_BYTES = 512 << 20
 """Weights of one encode step: some ten seconds of work, lost at most when a worker dies."""
-MEMORY_BYTES = 200_000_000
-"""A child without torch, with one chunk of a tensor, its base and their scratch."""
 MOST_SHARE = 0.5
 """Of the weights' bytes, that a fine-tune's codes come to at most; small steps come to a seventh."""
 
@@ -22,9 +20,9 @@ def escrow_estimate(model: Model) -> Estimate:
     groups = max(1, math.ceil(model.weight_bytes / GROUP_BYTES))
     weights = float(model.parameters)
     steps = (
-        StepLoad(kind="escrow.plan", count=1, units=1.0, memory_bytes=MEMORY_BYTES),
-        StepLoad(kind="escrow.encode", count=groups, units=weights, memory_bytes=MEMORY_BYTES),
-        StepLoad(kind="escrow.assemble", count=1, units=float(model.size_bytes), memory_bytes=MEMORY_BYTES),
+        StepLoad(kind="escrow.plan", count=1, units=1.0),
+        StepLoad(kind="escrow.encode", count=groups, units=weights),
+        StepLoad(kind="escrow.assemble", count=1, units=float(model.size_bytes)),
     )
     return Estimate(
         parts=({"name": "codes", "bytes": codes}, {"name": "side files", "bytes": model.side_bytes}),
@@ -37,7 +35,7 @@ def escrow_estimate(model: Model) -> Estimate:
 
 def restore_estimate(model: Model) -> Estimate:
     """The weights are written as they were."""
-    load = StepLoad(kind="escrow.restore", count=1, units=float(model.size_bytes), memory_bytes=MEMORY_BYTES)
+    load = StepLoad(kind="escrow.restore", count=1, units=float(model.size_bytes))
     return Estimate(
         parts=({"name": "weights", "bytes": model.weight_bytes},),
         source_bytes=model.size_bytes,

@@ -78,7 +78,6 @@ def encode_step(context: StepContext) -> StepOutput:
                 done += count
                 context.progress(done, params["weights"], "weights")
         spool.seek(0)
-        failpoint("escrow.encoded")
         with context.store.writer() as blob:
             header = write_codes(blob, sizes, spool)
     lines = {name: line | {"file": params["file"]} for name, line in params["tensors"].items()}
@@ -111,7 +110,7 @@ def assemble_step(context: StepContext) -> StepOutput:
     _prove(context, escrow, base)
     summary = escrow.summary()
     context.log(f"{summary['true_ratio']:.2f} times smaller; every file was rebuilt and has its digest", "info")
-    data = {"escrow": digest, "checkpoint": variant.digest, "base_checkpoint": base.digest, **summary}
+    data = {"escrow": digest, "variant": variant.digest, "base": base.digest, **summary}
     return StepOutput(blobs={**blobs, layout.MANIFEST: digest}, data=data)
 
 
@@ -135,7 +134,7 @@ def restore_step(context: StepContext) -> StepOutput:
             failpoint("escrow.restored")
     checkpoint = escrow.manifest["variant"]["checkpoint"]
     blobs = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: checkpoint}
-    data = {"checkpoint": checkpoint, "files": len(files), "bytes": escrow.checkpoint["size_bytes"]}
+    data = {"restored": checkpoint, "files": len(files), "bytes": escrow.checkpoint["size_bytes"]}
     return StepOutput(blobs=blobs, data=data)
 
 

@@ -14,7 +14,7 @@ from dashboard.lifecycle import JobKind
 from dashboard.models import Artifact
 from dashboard.permissions import rule
 from dashboard.pictures import curve_picture, ledger_picture, lineage_picture, pareto_picture, strip_picture
-from dashboard.selectors import approvals, environments, evaluations, memo, outcomes, registry, storage
+from dashboard.selectors import approvals, environments, escrows, evaluations, memo, outcomes, registry, storage
 from dashboard.services.registry import artifact_retire, checkpoint_import
 from dashboard.views.answers import SignedInRequest, attempt, found
 from dashboard.views.previews import original_job
@@ -42,6 +42,7 @@ def checkpoint_detail(request: HttpRequest, name: str) -> HttpResponse:
         "pareto": pareto_picture(points, quality, higher_is_better=higher),
         "lineage": lineage_picture(registry.lineage(checkpoint)),
         "damages": storage.damages_of_checkpoint(checkpoint),
+        "full": escrows.full_precision(checkpoint),
         "variants": checkpoint.variants.order_by("name"),
         "certificate": environments.certificate_latest(checkpoint.pk),
         "certificate_valid": approvals.certificate_valid(checkpoint),

@@ -81,7 +81,7 @@ def check_restores(store: Store, tmp_path: Path, base: str, variant: str) -> Ste
     manifest = Checkpoint.open(other, variant).manifest
     for name, entry in manifest["files"].items():
         assert other.path(entry["sha256"]).read_bytes() == store.path(entry["sha256"]).read_bytes(), name
-    assert output.data["checkpoint"] == variant
+    assert output.data["variant"] == variant
     return output
 
 
