@@ -17,7 +17,7 @@ from compression_worker.store import Store
 from dashboard.execution import Execution
 from dashboard.lifecycle import JobKind, JobState, Refused, Role, SweepKind
 from dashboard.models import Checkpoint, Damage, Environment, Escrow, Job, SweepBlob
-from dashboard.services import demo_removal, evaluations, jobs, registry, rehearsals, releases, storage_scrub
+from dashboard.services import adoption, demo_removal, evaluations, jobs, registry, rehearsals, releases, storage_scrub
 from dashboard.services.escrows import escrow_create, escrow_release, escrow_restore
 from dashboard.services.storage_marks import weight_files
 from dashboard.services.storage_sweep import sweep_request, sweep_survey, sweep_work
@@ -113,6 +113,34 @@ def test_the_whole_way_there_and_back(real_worker: Execution, tmp_path: Path) ->
         shelf.store.verify(entry["sha256"])
     shelf.age()
     assert not swept(shelf.store) & weights
+
+
+def test_an_escrow_that_lost_its_row_with_a_restored_database_gets_one_again(
+    real_worker: Execution, tmp_path: Path
+) -> None:
+    engineer, store = make_user(Role.ENGINEER), Store(tmp_path / "store")
+    registry.checkpoint_import(actor=engineer, root="models", folder="base", name="base")
+    real_worker.run_all()
+    base = Checkpoint.objects.get(name="base")
+    registry.checkpoint_import(actor=engineer, root="models", folder="variant", name="variant", base=base)
+    real_worker.run_all()
+    variant = Checkpoint.objects.get(name="variant")
+    escrow_create(actor=engineer, variant=variant)
+    real_worker.run_all()
+    before = Escrow.objects.get()
+    Escrow.objects.all().delete()
+    Job.objects.filter(kind=JobKind.ESCROW).delete()
+    store.remove(weight_files(variant))
+    (lost,) = adoption.lost_in(store)
+    assert (lost.kind, lost.problem) == (JobKind.ESCROW, "")
+    assert "is adopted" in adoption.adopt(lost)
+    after = Escrow.objects.get()
+    assert (after.digest, after.variant, after.escrow_bytes) == (before.digest, variant, before.escrow_bytes)
+    assert adoption.lost_in(store) == []
+    escrow_restore(actor=engineer, variant=variant)
+    real_worker.run_all()
+    for weight in weight_files(variant):
+        store.verify(weight)
 
 
 def test_what_cannot_be_kept_as_escrow_is_refused(pair: tuple[Checkpoint, Checkpoint]) -> None:
