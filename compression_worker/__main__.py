@@ -53,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_methods(commands)
     _add_compress(commands)
+    _add_escrow(commands)
     _add_inspect(commands)
     _add_verify(commands)
     _add_restore(commands)
@@ -89,15 +90,24 @@ def _add_compress(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.set_defaults(run=_compress)
 
 
+def _add_escrow(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("escrow", help="keep a fine-tune bit for bit, as its difference from the base")
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base, a Hugging Face folder")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="its fine-tune, a Hugging Face folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the escrow")
+    _add_json(parser)
+    parser.set_defaults(run=_escrow)
+
+
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("inspect", help="size, ratios and origin of an artifact")
+    parser = commands.add_parser("inspect", help="size, ratios and origin of an artifact or an escrow")
     _add_artifact(parser)
     _add_json(parser)
     parser.set_defaults(run=_inspect)
 
 
 def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("verify", help="check every byte of an artifact, and its base")
+    parser = commands.add_parser("verify", help="check every byte of an artifact or an escrow, and its base")
     _add_artifact(parser)
     parser.add_argument("--base", type=Path, metavar="DIR", help="also check that this is its base")
     _add_json(parser)
@@ -105,7 +115,7 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _add_restore(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("restore", help="write the compressed model as a Hugging Face folder")
+    parser = commands.add_parser("restore", help="write an artifact or an escrow as a Hugging Face folder")
     _add_artifact(parser)
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base it was made against")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the model")
@@ -142,7 +152,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_artifact(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="the artifact's folder")
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="the folder of an artifact or an escrow")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -204,11 +214,20 @@ def _compress(args: argparse.Namespace) -> int:
     return _answer(args, summary, summary_lines(summary))
 
 
+def _escrow(args: argparse.Namespace) -> int:
+    from compression_worker import commands
+    from compression_worker.terminal import Bars, summary_lines
+
+    with Bars(quiet=args.json) as watch:
+        summary = commands.escrow(base=args.base, model=args.model, out=args.out, watch=watch)
+    return _answer(args, summary, summary_lines(summary))
+
+
 def _inspect(args: argparse.Namespace) -> int:
-    from compression_worker.artifact import Artifact
+    from compression_worker import commands
     from compression_worker.terminal import summary_lines
 
-    summary = Artifact.open_folder(args.artifact).summary()
+    summary = commands.inspect(args.artifact)
     return _answer(args, summary, summary_lines(summary))
 
 

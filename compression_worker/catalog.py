@@ -101,6 +101,10 @@ STEPS: dict[str, str] = {
     "evaluation.target": "compression_worker.evaluation.steps:target_step",
     "evaluation.summary": "compression_worker.evaluation.steps:summary_step",
     "release.rehearse": "compression_worker.rehearsal:rehearse_step",
+    "escrow.plan": "compression_worker.escrow.steps:plan_step",
+    "escrow.encode": "compression_worker.escrow.steps:encode_step",
+    "escrow.assemble": "compression_worker.escrow.steps:assemble_step",
+    "escrow.restore": "compression_worker.escrow.steps:restore_step",
 }
 
 
@@ -133,6 +137,9 @@ NEEDS: dict[str, Need] = {
     "evaluation.target": Need(device=True, work="compression_worker.evaluation.estimate:target_work"),
     "evaluation.summary": Need(work="compression_worker.evaluation.estimate:summary_work"),
     "release.rehearse": Need(device=True, work="compression_worker.preflight:source_work"),
+    "escrow.encode": Need(work="compression_worker.escrow.estimate:encode_work"),
+    "escrow.assemble": Need(work="compression_worker.preflight:source_work"),
+    "escrow.restore": Need(work="compression_worker.preflight:source_work"),
 }
 """One line for each kind of step that is not a trifle for the processor."""
 

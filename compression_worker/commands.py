@@ -1,4 +1,4 @@
-"""``compress``, ``inspect``, ``verify`` and ``restore`` of the command line: folders in, folders and JSON out.
+"""``compress``, ``escrow``, ``inspect``, ``verify``, ``restore`` of the command line: folders in, folders and JSON out.
 
 A compression runs the same steps as a job does, against a store of its own that disappears afterwards.
 """
@@ -16,6 +16,8 @@ from compression_worker.artifact import Artifact
 from compression_worker.catalog import method
 from compression_worker.checkpoints import Checkpoint, attach_folder
 from compression_worker.contracts import CompressionError, Json, StepSpec
+from compression_worker.escrow.layout import Escrow, is_escrow
+from compression_worker.escrow.rebuilding import restore_folder
 from compression_worker.runner import prepare_torch, run_plan
 from compression_worker.samples import TEXT, parse_samples
 from compression_worker.store import NoRoom, Store
@@ -49,15 +51,25 @@ def compress(
     return inspect(out)
 
 
+def escrow(*, base: Path, model: Path, out: Path, watch: Watch) -> Json:
+    """Keep the fine-tune in ``model`` bit for bit against ``base`` in the new folder ``out``; what ``inspect`` says."""
+    artifacts.require_new(out)
+    with _workspace(out) as store, _plain_disk_error(out):
+        inputs = {"base": _attached(store, base, watch), "variant": _attached(store, model, watch)}
+        output = run_plan(store, StepSpec(kind="escrow.plan", inputs=inputs), watch, device="cpu")
+        artifacts.write_folder(out, store, output.blobs)
+    return inspect(out)
+
+
 def inspect(folder: Path) -> Json:
-    """Method, sizes, ratios and fingerprints of an artifact; reads its manifest alone."""
-    return Artifact.open_folder(folder).summary()
+    """Method, sizes, ratios and fingerprints of an artifact or an escrow; reads its manifest alone."""
+    return _opened(folder).summary()
 
 
 def verify(folder: Path, base: Path | None) -> Json:
     """Whether every byte of the artifact is as it was written, and whether ``base`` is the base it was made against."""
     try:
-        found = Artifact.open_folder(folder)
+        found = _opened(folder)
     except CompressionError as error:
         return {"ok": False, "problems": [error.message]}
     problems = found.problems() + _strangers(found, folder)
@@ -71,12 +83,18 @@ def verify(folder: Path, base: Path | None) -> Json:
 
 
 def restore(folder: Path, *, base: Path, out: Path, watch: Watch) -> Json:
-    """Write the compressed model as a Hugging Face folder to ``out``; how many tensors and bytes it has."""
-    found = Artifact.open_folder(folder)
+    """Write the compressed model as a Hugging Face folder to ``out``; how many tensors and bytes it has.
+
+    From an escrow it is the very checkpoint: each file has the digest that it had.
+    """
+    found = _opened(folder)
     artifacts.require_new(out)
     with _workspace(out) as store, _plain_disk_error(out):
         checkpoint = Checkpoint.open(store, _attached(store, base, watch))
-        artifacts.restore(checkpoint, found, out, _progress(watch))
+        if isinstance(found, Escrow):
+            restore_folder(found, checkpoint, out, _progress(watch))
+        else:
+            artifacts.restore(checkpoint, found, out, _progress(watch))
     size = sum(file.stat().st_size for file in out.iterdir())
     return {"out": str(out), "tensors": len(found.manifest["tensors"]), "bytes": size}
 
@@ -127,6 +145,10 @@ def _progress(watch: Watch) -> Callable[[int, int, str], None]:
     return lambda done, total, unit: watch({"type": "progress", "done": done, "total": total, "unit": unit})
 
 
-def _strangers(artifact: Artifact, folder: Path) -> list[str]:
+def _opened(folder: Path) -> Artifact | Escrow:
+    return Escrow.open_folder(folder) if is_escrow(folder) else Artifact.open_folder(folder)
+
+
+def _strangers(artifact: Artifact | Escrow, folder: Path) -> list[str]:
     known = {artifacts.MANIFEST, *artifact.manifest["files"]}
     return [f"'{path.name}' is no file of this artifact" for path in sorted(folder.iterdir()) if path.name not in known]

@@ -49,6 +49,8 @@ POINTS: Final[dict[str, str]] = {
     "evaluation.target": "a target was measured",
     "evaluation.summary": "the summary is about to be stored",
     "rehearse.restored": "full precision was restored for a rehearsal",
+    "escrow.manifest": "the manifest of an escrow is about to be stored",
+    "escrow.restored": "a weight file was restored from an escrow",
     # The parent that watches
     "launch.start": "a child is about to be started",
     "launch.sent": "a step was handed to the child",
@@ -77,6 +79,7 @@ POINTS: Final[dict[str, str]] = {
     "publish.artifact": "an artifact's row is written, not committed",
     "publish.evaluation": "an evaluation's row is written, not committed",
     "publish.certificate": "a certificate's row is written, not committed",
+    "publish.escrow": "an escrow's row is written, not committed",
     "publish.done": "a job has succeeded, not committed",
     # Wakes and the reconciler
     "wake.send": "a wake is about to be sent",

@@ -23,7 +23,7 @@ from compression_worker.contracts import CompressionError, Json, PlannedStep, St
 from compression_worker.faults import failpoint
 from compression_worker.store import STORE_AWAY, NoRoom, Store, StoreAway, open_store
 
-TORCH_FREE = frozenset({"checkpoint.import"})
+TORCH_FREE = frozenset({"checkpoint.import", "escrow.plan", "escrow.encode", "escrow.assemble", "escrow.restore"})
 PROGRESS_SECONDS = 0.2
 
 Emit = Callable[[Json], None]

@@ -54,7 +54,7 @@ def summary_lines(summary: Json) -> list[str]:
     ]
     settings = ", ".join(f"{name}={value}" for name, value in sorted(summary["config"].items()))
     return [
-        f"{summary['method']} ({settings})",
+        f"{summary['method']} ({settings})" if settings else summary["method"],
         f"{summary['source_bytes']:,} bytes -> {total:,} bytes",
         f"true ratio {summary['true_ratio']:.2f}, nominal ratio {summary['nominal_ratio']:.2f}, "
         f"{summary['bits_per_weight']:.3f} bits per weight",

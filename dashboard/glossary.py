@@ -86,6 +86,10 @@ TERMS: Mapping[str, Term] = {
         _("Rollback certificate"),
         _("Proof that a rollback was really rehearsed: files re-hashed, weights compared, a prompt answered, timed."),
     ),
+    "escrow": Term(
+        _("Escrow"),
+        _("Full precision kept bit for bit as its difference from the base, for a fraction of a second copy."),
+    ),
     "fingerprint": Term(
         _("Fingerprint"), _("A SHA-256 over all weights, the configuration and the tokenizer: equal means identical.")
     ),
@@ -114,6 +118,8 @@ GROUPS: Mapping[str, Words] = {
     "import": _("import"),
     "plan": _("plan"),
     "rehearse": _("rehearsal"),
+    "encode": _("coding"),
+    "restore": _("restore"),
 }
 """What the steps of a job are counted in."""
 

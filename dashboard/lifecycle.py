@@ -23,6 +23,8 @@ class JobKind(TextChoices):
     COMPRESS = "compress", _("Compression")  # make an artifact from a base and a variant
     EVALUATE = "evaluate", _("Evaluation")  # measure base, variant and artifact on sample sets
     REHEARSE = "rehearse", _("Rollback rehearsal")  # restore full precision for real, verify it, time it
+    ESCROW = "escrow", _("Escrow")  # keep a variant bit for bit as its difference from the base
+    RESTORE = "restore", _("Restore of full precision")  # put a variant's own weights back, out of its escrow
 
 
 class JobState(TextChoices):
@@ -118,6 +120,7 @@ class SweepKind(TextChoices):
     LEFTOVER = "leftover", _("Leftovers of broken attempts")  # nothing in the database leads to it
     INTERMEDIATE = "intermediate", _("Intermediate results of old jobs")  # computed again if ever needed
     RETIRED = "retired", _("Withdrawn artifacts")  # and no environment stands on one of them
+    RELEASED = "released", _("Weights kept as escrow")  # a person gave them up; the escrow brings them back
 
 
 class DamageKind(TextChoices):

@@ -7,6 +7,7 @@ from django.urls import path
 from dashboard.views import (
     accounts,
     approvals,
+    escrows,
     evaluations,
     history,
     jobs,
@@ -25,6 +26,9 @@ urlpatterns = [
     path("registry/checkpoints/<slug:name>/", registry.checkpoint_detail, name="checkpoint-detail"),
     path("registry/checkpoints/<slug:name>/differences/", registry.differences, name="checkpoint-differences"),
     path("registry/checkpoints/<slug:name>/rehearse/", approvals.rehearsal_create_page, name="rehearsal-create"),
+    path("registry/checkpoints/<slug:name>/escrow/", escrows.escrow_create_page, name="escrow-create"),
+    path("registry/checkpoints/<slug:name>/release/", escrows.escrow_release_page, name="escrow-release"),
+    path("registry/checkpoints/<slug:name>/restore/", escrows.escrow_restore_page, name="escrow-restore"),
     path("registry/artifacts/<int:pk>/", registry.artifact_detail, name="artifact-detail"),
     path("registry/artifacts/<int:pk>/retire/", registry.artifact_retire_page, name="artifact-retire"),
     path("registry/artifacts/<int:pk>/approval/", approvals.approval_new, name="approval-new"),

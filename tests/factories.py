@@ -30,6 +30,7 @@ from dashboard.models import (
     Checkpoint,
     Deployment,
     Environment,
+    Escrow,
     Evaluation,
     Job,
     LogLine,
@@ -195,6 +196,18 @@ def make_artifact(variant: Checkpoint, job: Job | None = None, **fields: Any) ->
     return Artifact.objects.create(
         variant=variant, base=variant.base, job=job or make_job(variant=variant, method="bitdelta"), **values | fields
     )
+
+
+def make_escrow(variant: Checkpoint, **fields: Any) -> Escrow:
+    values: dict[str, Any] = {
+        "base": variant.base,
+        "job": make_job(JobKind.ESCROW, variant=variant),
+        "digest": digest(),
+        "source_bytes": 5_200_000,
+        "escrow_bytes": 800_000,
+        "ledger": [{"name": "codes", "bytes": 790_000}, {"name": "manifest", "bytes": 10_000}],
+    }
+    return Escrow.objects.create(variant=variant, **values | fields)
 
 
 def make_sample_set(name: str = "letters", kind: str = "text", version: int = 1, **fields: Any) -> SampleSet:
@@ -403,6 +416,7 @@ def make_world() -> SimpleNamespace:
         make_evaluation(make_artifact(variant, name="second try"), text_set=text, choice_set=choice)
     )
     certificate = make_certificate(variant)
+    escrow = make_escrow(variant)
     production = make_environment()
     deploy(production, variant)
     deploy(production, variant, approval)

@@ -1,6 +1,7 @@
 """The tables: what people see, decide and remember. Postgres is the truth; everything else only wakes or computes."""
 
 from dashboard.models.accounts import User
+from dashboard.models.escrows import Escrow
 from dashboard.models.evaluations import Evaluation, SampleSet
 from dashboard.models.jobs import Attempt, Job, LogLine, Priority, Step, Worker
 from dashboard.models.recovery import Recovery
@@ -23,6 +24,7 @@ __all__ = [
     "Damage",
     "Deployment",
     "Environment",
+    "Escrow",
     "Evaluation",
     "Job",
     "LogLine",

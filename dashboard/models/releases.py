@@ -216,6 +216,19 @@ class Deployment(models.Model):
                     RETURN NEW;
                 """,
             ),
+            pgtrigger.Trigger(
+                name="full_precision_is_at_hand",
+                operation=pgtrigger.Insert,
+                when=pgtrigger.Before,
+                func="""
+                    PERFORM 1 FROM dashboard_escrow WHERE variant_id = NEW.variant_id FOR SHARE;
+                    IF EXISTS (SELECT 1 FROM dashboard_escrow
+                               WHERE variant_id = NEW.variant_id AND released_at IS NOT NULL) THEN
+                        RAISE EXCEPTION 'a variant whose weights were given up is restored before it is deployed';
+                    END IF;
+                    RETURN NEW;
+                """,
+            ),
             pgtrigger.ReadOnly(
                 name="what_was_deployed_never_changes",
                 fields=["environment", "generation", "kind", "variant", "base", "artifact", "approval", "digest"],

@@ -29,6 +29,7 @@ KINDS: dict[str, Words] = {
     "Approval": _("Approval"),
     "Artifact": _("Artifact"),
     "Checkpoint": _("Checkpoint"),
+    "Escrow": _("Escrow"),
     "Evaluation": _("Evaluation"),
     "Job": _("Job"),
     "Policy": _("Policy"),

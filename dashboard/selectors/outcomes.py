@@ -67,6 +67,10 @@ def _advice(job: Job) -> str:
             return _("Change what it names, then clone the job; finished steps are reused where they still fit.")
         case JobKind.EVALUATE:
             return _("Change the set or the settings, then ask again.")
+        case JobKind.ESCROW:
+            return _("Nothing was given up: the variant's own weights stay. Put right what it names, then retry.")
+        case JobKind.RESTORE:
+            return _("The escrow stays as it is. Put right what it names, then retry.")
         case JobKind.REHEARSE:
             return _("Without a rehearsed way back nothing can be deployed. Restore the checkpoint, then retry.")
 
@@ -90,6 +94,9 @@ def _result(job: Job) -> Outcome | None:
             if certificate:
                 name = certificate.variant.name
                 return _good(name, "checkpoint-detail", name, _("Open the checkpoint"))
+        case JobKind.ESCROW | JobKind.RESTORE:
+            if job.variant:
+                return _good(job.variant.name, "checkpoint-detail", job.variant.name, _("Open the checkpoint"))
     return None
 
 

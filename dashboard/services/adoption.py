@@ -1,4 +1,4 @@
-"""Rows for what lies whole in the store and has none: checkpoints and artifacts that were published after the backup.
+"""Rows for what lies whole in the store and has none: checkpoints, artifacts and escrows published after the backup.
 
 The outputs of the steps that made them say all that a row needs, except who asked and how a person called it. What is
 adopted says so in its name and in its job; it is neither approved nor deployed by that.
@@ -15,7 +15,8 @@ from django.utils import timezone
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepOutput
 from compression_worker.store import Blob, Store
 from dashboard.lifecycle import ACTIVE_JOB_STATES, JobKind, JobState, Refused, Role, StepState
-from dashboard.models import Artifact, Checkpoint, Job, Step, User
+from dashboard.models import Artifact, Checkpoint, Escrow, Job, Step, User
+from dashboard.services.escrows import escrow_publish
 from dashboard.services.registry import artifact_publish, checkpoint_publish
 from dashboard.services.units import recorded, unit_of_work
 
@@ -28,7 +29,7 @@ ARTIFACT_FORMAT = "deltaworks-artifact-1"
 
 @dataclass(frozen=True, kw_only=True)
 class Lost:
-    """A checkpoint or an artifact without a row. ``problem`` says why it cannot have one."""
+    """A checkpoint, an artifact or an escrow without a row. ``problem`` says why it cannot have one."""
 
     kind: JobKind
     digest: str
@@ -41,7 +42,8 @@ class Lost:
 
     @property
     def words(self) -> str:
-        return f"{'artifact' if self.kind == JobKind.COMPRESS else 'checkpoint'} {self.digest[:12]}"
+        what = {JobKind.COMPRESS: "artifact", JobKind.ESCROW: "escrow"}.get(self.kind, "checkpoint")
+        return f"{what} {self.digest[:12]}"
 
     @property
     def name(self) -> str:
@@ -55,15 +57,16 @@ class Lost:
 
 @dataclass
 class Inventory:
-    """The outputs in the store that say how a checkpoint or an artifact came to be."""
+    """The outputs in the store that say how a checkpoint, an artifact or an escrow came to be."""
 
     checkpoints: dict[str, tuple[str, StepOutput]] = field(default_factory=dict)
     artifacts: dict[str, tuple[str, StepOutput]] = field(default_factory=dict)
+    escrows: dict[str, tuple[str, StepOutput]] = field(default_factory=dict)
     bases: dict[str, str] = field(default_factory=dict)  # variant -> base, by checkpoint digest, as artifacts say
 
 
 def lost_in(store: Store) -> list[Lost]:
-    """What of ``store`` has no row: bases, then variants, then artifacts, so that each finds what it stands on.
+    """What of ``store`` has no row: bases, variants, then artifacts and escrows, so that each finds what it stands on.
 
     Every byte of what is to be adopted is hashed.
     """
@@ -79,6 +82,7 @@ def lost_in(store: Store) -> list[Lost]:
     made = [
         _lost_artifact(store, inventory, digest) for digest in sorted(inventory.artifacts) if digest not in artifacts
     ]
+    made += [lost for digest in sorted(inventory.escrows) if (lost := _lost_escrow(store, inventory, digest))]
     return checkpoints + [_standing(lost, rows, checkpoints) for lost in made]
 
 
@@ -91,6 +95,9 @@ def _inventory(store: Store) -> Inventory:
             continue
         if output.data.get("checkpoint") == manifest:
             inventory.checkpoints.setdefault(manifest, (digest, output))
+        elif output.data.get("escrow") == manifest:
+            inventory.escrows.setdefault(manifest, (digest, output))
+            inventory.bases[output.data["variant"]] = output.data["base"]
         elif output.data.get("artifact") == manifest:
             inventory.artifacts.setdefault(manifest, (digest, output))
             said = _manifest(store, manifest)
@@ -152,6 +159,20 @@ def _lost_artifact(store: Store, inventory: Inventory, digest: str) -> Lost:
     return lost
 
 
+def _lost_escrow(store: Store, inventory: Inventory, digest: str) -> Lost | None:
+    """None where the variant has an escrow: one is enough, and each proved itself when it was made."""
+    output, made = inventory.escrows[digest]
+    base, variant = made.data["base"], made.data["variant"]
+    if Escrow.objects.filter(variant__digest=variant).exists():
+        return None
+    known: dict[str, Any] = {"kind": JobKind.ESCROW, "digest": digest, "output": output, "data": made.data}
+    to_come = Job.objects.filter(kind=JobKind.ESCROW, state__in=ACTIVE_JOB_STATES, variant__digest=variant)
+    problem = _damage(store, made)
+    if running := to_come.order_by("pk").first():
+        problem = f"{running} is still to be done and makes it again: look again afterwards"
+    return Lost(**known, base=base, variant=variant, problem=problem)
+
+
 def _damage(store: Store, output: StepOutput) -> str:
     """The first of its blobs that is missing or does not match its digest."""
     for name, digest in sorted(output.blobs.items()):
@@ -199,6 +220,9 @@ def _adopt(lost: Lost) -> str:
         variant = Checkpoint.objects.filter(digest=lost.variant, base__digest=lost.base).order_by("pk").first()
         if variant is None:
             raise Refused("its variant has another base here")
+        if lost.kind == JobKind.ESCROW:
+            job = _job(lost, _escrow_spec(lost), variant=variant, method="")
+            return str(escrow_publish(job=job, step=_step(job, lost)))
         job = _job(lost, _compression_spec(lost), variant=variant, method=lost.data["method"])
         artifact = artifact_publish(job=job, step=_step(job, lost))
         artifact.name = f"{artifact.name[:190]}-adopted"
@@ -212,6 +236,11 @@ def _import_spec(lost: Lost, base: Checkpoint | None) -> Json:
     inputs = {"base": base.digest} if base else {}
     first = PlannedStep(name="import", kind="checkpoint.import", group="import", inputs=inputs)
     return spec | {"first": first.to_json()}
+
+
+def _escrow_spec(lost: Lost) -> Json:
+    inputs = {"base": lost.base, "variant": lost.variant}
+    return {"first": PlannedStep(name="plan", kind="escrow.plan", group="plan", inputs=inputs).to_json()}
 
 
 def _compression_spec(lost: Lost) -> Json:

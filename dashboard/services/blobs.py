@@ -11,7 +11,7 @@ from django.db.models import Model, QuerySet
 
 from compression_worker.contracts import CompressionError
 from compression_worker.store import Store
-from dashboard.models import Artifact, Checkpoint, Evaluation, Job, RollbackCertificate, SampleSet, Step
+from dashboard.models import Artifact, Checkpoint, Escrow, Evaluation, Job, RollbackCertificate, SampleSet, Step
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 DOCUMENT_BYTES = 32_000_000
@@ -77,7 +77,7 @@ def blobs_free(*, store: Store, candidates: Iterable[str]) -> tuple[int, int]:
     """Remove what is reachable from ``candidates`` and from no row. Returns how many blobs and bytes that freed."""
     doomed = Documents(store).reachable(candidates)
     kept: set[str] = set()
-    for model in (Artifact, Checkpoint, Evaluation, Job, RollbackCertificate, SampleSet):
+    for model in (Artifact, Checkpoint, Escrow, Evaluation, Job, RollbackCertificate, SampleSet):
         kept |= digests_of_rows(_all(model))
     keeping = Documents(store)
     doomed -= keeping.reachable(kept)

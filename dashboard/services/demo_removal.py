@@ -22,6 +22,7 @@ from dashboard.models import (
     Checkpoint,
     Deployment,
     Environment,
+    Escrow,
     Evaluation,
     Job,
     RollbackCertificate,
@@ -43,6 +44,7 @@ class DemoRows:
     evaluations: QuerySet[Evaluation]
     artifacts: QuerySet[Artifact]
     sample_sets: QuerySet[SampleSet]
+    escrows: QuerySet[Escrow]
     checkpoints: QuerySet[Checkpoint]
     jobs: QuerySet[Job]
     users: QuerySet[User]
@@ -79,6 +81,7 @@ def demo_rows() -> DemoRows:
     deployments = Deployment.objects.filter(
         Q(is_demo=True) | Q(variant__in=checkpoints) | Q(base__in=checkpoints) | Q(approval__in=approvals)
     )
+    escrows = Escrow.objects.filter(variant__in=checkpoints)
     jobs = Job.objects.filter(
         Q(is_demo=True)
         | Q(variant__in=checkpoints)
@@ -86,6 +89,7 @@ def demo_rows() -> DemoRows:
         | Q(evaluation__in=evaluations)
         | Q(certificate__in=certificates)
         | Q(checkpoints__in=checkpoints)
+        | Q(escrow__in=escrows)
     )
     return DemoRows(
         deployments=deployments,
@@ -94,6 +98,7 @@ def demo_rows() -> DemoRows:
         evaluations=evaluations,
         artifacts=artifacts,
         sample_sets=sample_sets,
+        escrows=escrows,
         checkpoints=checkpoints,
         jobs=Job.objects.filter(pk__in=jobs),
         users=User.objects.filter(is_demo=True, is_active=True),

@@ -15,6 +15,7 @@ from compression_worker.faults import failpoint
 from dashboard import transitions
 from dashboard.lifecycle import OPEN_STEP_STATES, AttemptOutcome, JobKind, JobState, Refused, StepState
 from dashboard.models import Attempt, Job
+from dashboard.services.escrows import escrow_publish, weights_publish
 from dashboard.services.evaluations import evaluation_publish
 from dashboard.services.ordering import wake_waiting
 from dashboard.services.registry import artifact_publish, checkpoint_publish
@@ -26,6 +27,8 @@ PUBLISHERS: dict[str, Any] = {
     JobKind.COMPRESS: artifact_publish,
     JobKind.EVALUATE: evaluation_publish,
     JobKind.REHEARSE: certificate_publish,
+    JobKind.ESCROW: escrow_publish,
+    JobKind.RESTORE: weights_publish,
 }
 
 

@@ -18,6 +18,7 @@ from compression_worker.store import NoRoom, StoreAway, open_store
 from dashboard.lifecycle import ArtifactState, Conflict, JobKind, Refused
 from dashboard.models import Artifact, Checkpoint, Evaluation, Job, SampleSet, Step, User
 from dashboard.selectors.preflight import evaluation_inputs, evaluation_preflight
+from dashboard.services.escrows import require_weights
 from dashboard.services.ordering import job_order, queue_checked, require_fit
 from dashboard.services.units import authorise, recorded, unit_of_work
 
@@ -97,6 +98,7 @@ def evaluation_create(
     actor = authorise(actor, "job.create")
     artifact = Artifact.objects.get(pk=artifact.pk) if artifact else None
     _check_targets(variant, artifact, text_set, choice_set)
+    require_weights(variant)
     parsed = _parsed(config or {})
     settled, queue = asdict(parsed), queue_checked(queue)
     fit = evaluation_preflight(parsed, evaluation_inputs(variant, artifact, text_set, choice_set), queue)

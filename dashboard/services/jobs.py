@@ -21,13 +21,14 @@ from dashboard.selectors.preflight import (
 )
 from dashboard.selectors.queues import default_queue, offered_queues
 from dashboard.services.endings import job_ask_cancel
+from dashboard.services.escrows import require_weights
 from dashboard.services.ordering import job_order, queue_checked, require_fit, unique_seed
 from dashboard.services.registry import check_import_name
 from dashboard.services.units import authorise, recorded, unit_of_work
 
 SMALLINT = 32_767
 BIGINT = 2**63 - 1
-REDONE_KINDS = frozenset({JobKind.IMPORT, JobKind.REHEARSE})
+REDONE_KINDS = frozenset({JobKind.IMPORT, JobKind.REHEARSE, JobKind.RESTORE})
 """Their steps look at the world outside the store, so that a former result proves nothing."""
 FORECAST_KINDS = frozenset({JobKind.COMPRESS, JobKind.EVALUATE})
 SET_NAMES = ("text_set", "choice_set")
@@ -58,6 +59,7 @@ def compression_create(
     if calibration is not None and calibration.kind != "text":
         raise Refused(_("'%(set)s' is not a text set") % {"set": calibration})
     _check_numbers(seed, priority)
+    require_weights(variant)
     fit = compression_preflight(method, parsed, compression_inputs(variant, calibration), queue)
     inputs = {"base": variant.base.digest, "variant": variant.digest}
     if calibration is not None:
@@ -124,6 +126,8 @@ def job_retry(*, actor: User, job: Job) -> Job:
     first = PlannedStep(**job.spec["first"])
     if job.kind == JobKind.IMPORT:
         check_import_name(job.spec["name"])
+    if job.variant is not None and job.kind != JobKind.RESTORE:
+        require_weights(job.variant)
     if job.kind in REDONE_KINDS:
         first = PlannedStep(**(first.to_json() | {"seed": unique_seed()}))
     queue = job.queue if job.queue in offered_queues() else default_queue()

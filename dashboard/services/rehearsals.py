@@ -16,6 +16,7 @@ from dashboard.lifecycle import ACTIVE_JOB_STATES, ApprovalState, ArtifactState,
 from dashboard.models import Approval, Checkpoint, Job, RollbackCertificate, Step, User
 from dashboard.selectors.approvals import certificate_valid
 from dashboard.selectors.preflight import model_of
+from dashboard.services.escrows import is_released, require_weights
 from dashboard.services.ordering import job_order, unique_seed
 from dashboard.services.units import authorise, recorded, unit_of_work
 
@@ -32,6 +33,7 @@ def rehearsal_create(*, actor: User, variant: Checkpoint) -> Job:
     with recorded(actor=actor, reason=f"rehearse the rollback of {variant.name}"):
         if rehearsal_under_way(variant):
             raise Refused(_("a rehearsal of '%(name)s' is under way") % {"name": variant.name})
+        require_weights(variant)
         return rehearsal_order(actor=actor, variant=variant)
 
 
@@ -60,8 +62,8 @@ def rehearsal_order(*, actor: User, variant: Checkpoint) -> Job:
 
 
 def rehearsal_ensure(*, actor: User, variant: Checkpoint) -> None:
-    """Queue a rehearsal unless one is valid or under way."""
-    if certificate_valid(variant) is None and not rehearsal_under_way(variant):
+    """Queue a rehearsal unless one is valid or under way. Weights that were given up are restored before one."""
+    if certificate_valid(variant) is None and not rehearsal_under_way(variant) and not is_released(variant):
         rehearsal_order(actor=actor, variant=variant)
 
 
@@ -96,7 +98,7 @@ def rehearsals_renew() -> None:
     )
     for approval in approved.select_related("artifact__variant", "requested_by").order_by("artifact__variant", "-pk"):
         variant = approval.artifact.variant
-        if not _renewed(variant, soon):
+        if not _renewed(variant, soon) and not is_released(variant):
             with recorded(actor=None, reason="the rollback certificate runs out soon"):
                 rehearsal_order(actor=approval.requested_by, variant=variant)
 

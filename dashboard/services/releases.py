@@ -24,6 +24,7 @@ from dashboard.lifecycle import (
 from dashboard.models import Approval, Artifact, Checkpoint, Deployment, Environment, Policy, ServerReport, User
 from dashboard.selectors.approvals import approval_problems, certificate_valid
 from dashboard.services.approvals import approval_decide, approval_request, approval_revoke, policy_create
+from dashboard.services.escrows import require_weights
 from dashboard.services.rehearsals import certificate_publish, rehearsal_create
 from dashboard.services.units import authorise, recorded, required, unit_of_work
 
@@ -54,6 +55,7 @@ def deployment_create(
     artifact = Artifact.objects.select_for_update(no_key=True).get(pk=artifact.pk)
     list(Policy.objects.select_for_update(no_key=True).filter(active=True))
     _check_deployable(environment, artifact, approval)
+    require_weights(artifact.variant)
     return _point(
         environment,
         Deployment(
@@ -99,6 +101,7 @@ def deployment_full_precision(
             _("%(environment)s answers from '%(variant)s' in full precision already")
             % {"environment": environment.name, "variant": variant.name}
         )
+    require_weights(variant)
     return _point(
         environment,
         Deployment(kind=DeploymentKind.FULL_PRECISION, variant=variant, digest=variant.digest, is_demo=variant.is_demo),

@@ -15,11 +15,12 @@ from django.db.models import Max, Q, QuerySet
 from django.utils import timezone
 
 from compression_worker.store import Blob, Store
-from dashboard.lifecycle import ACTIVE_JOB_STATES, ArtifactState, StepState, SweepKind
+from dashboard.lifecycle import ACTIVE_JOB_STATES, ArtifactState, JobKind, StepState, SweepKind
 from dashboard.models import (
     Artifact,
     Checkpoint,
     Environment,
+    Escrow,
     Evaluation,
     Job,
     RollbackCertificate,
@@ -27,6 +28,9 @@ from dashboard.models import (
     Step,
 )
 from dashboard.services.blobs import Documents, digests_of_rows
+
+NOT_RELEASED = Q(escrow=None) | Q(escrow__released_at=None)
+"""Checkpoints whose own weights are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,9 @@ def find_marks(store: Store, present: Mapping[str, Blob], condemned: Mapping[str
     lasting = documents.reachable(_evaluation_digests() | digests_of_rows(_lately_ended())) - kinds.keys()
     for digest in documents.reachable(_outputs(Step.objects.filter(job__finished_at__lt=_kept_since()))):
         kinds.setdefault(digest, SweepKind.INTERMEDIATE)
-    needed |= lasting
+    released = _released_weights(documents, closures, unfinished | pinned)
+    needed = (needed | lasting) - released
+    kinds |= dict.fromkeys(released, SweepKind.RELEASED)
     vital = _vital(pinned)
     return Marks(
         needed=frozenset(needed),
@@ -108,14 +114,16 @@ def running_keys() -> set[str]:
 
 def newest_rows() -> tuple[int, ...]:
     """Grows with each row that may need blobs of the store."""
-    models = (Artifact, Checkpoint, Evaluation, RollbackCertificate, SampleSet)
-    return tuple(model._default_manager.aggregate(newest=Max("pk"))["newest"] or 0 for model in models)
+    models = (Artifact, Checkpoint, Escrow, Evaluation, RollbackCertificate, SampleSet)
+    restores = Job.objects.filter(kind=JobKind.RESTORE)
+    rows = (*(model._default_manager for model in models), restores)
+    return tuple(one.aggregate(newest=Max("pk"))["newest"] or 0 for one in rows)
 
 
 def _registry_digests() -> set[str]:
     kept = Artifact.objects.exclude(state=ArtifactState.RETIRED)
     found = digests_of_rows(kept)
-    for rows in (Checkpoint, RollbackCertificate, SampleSet):
+    for rows in (Checkpoint, Escrow, RollbackCertificate, SampleSet):
         found |= digests_of_rows(rows._default_manager.all())
     return found
 
@@ -128,7 +136,31 @@ def _vital(pinned: set[str]) -> set[str]:
     """Manifests without which nobody can say what is needed. One of a corrupt artifact is known to be of no use."""
     published = Artifact.objects.filter(state__in=[ArtifactState.STAGED, ArtifactState.PUBLISHED])
     checkpoints = Checkpoint.objects.values_list("digest", flat=True)
-    return {*checkpoints, *published.values_list("digest", flat=True), *pinned}
+    escrows = Escrow.objects.values_list("digest", flat=True)
+    return {*checkpoints, *escrows, *published.values_list("digest", flat=True), *pinned}
+
+
+def _released_weights(documents: Documents, closures: Mapping[str, frozenset[str]], used: set[str]) -> frozenset[str]:
+    """Weights that a person gave up for an escrow. Everything that names their checkpoint leads to them, and none of it
+    needs them; what keeps them is another checkpoint with the same file, an unfinished job or an environment."""
+    given_up = {
+        escrow.variant.digest: weight_files(escrow.variant)
+        for escrow in Escrow.objects.filter(released_at__isnull=False).select_related("variant")
+    }
+    whole = set(Checkpoint.objects.filter(NOT_RELEASED).values_list("digest", flat=True))
+    spared = whole | used
+    let_go = {weight for digest, weights in given_up.items() if digest not in spared for weight in weights}
+    if not let_go:
+        return frozenset()
+    manifests = [*Artifact.objects.values_list("digest", flat=True), *Escrow.objects.values_list("digest", flat=True)]
+    kept = set().union(*(closures[digest] for digest in spared & closures.keys() & (whole | given_up.keys())))
+    return frozenset(let_go.difference(kept, *(documents.named_in(digest) for digest in manifests)))
+
+
+def weight_files(checkpoint: Checkpoint) -> dict[str, int]:
+    """Digest and size of each weight file of a checkpoint."""
+    files = checkpoint.manifest["files"].items()
+    return {entry["sha256"]: entry["size"] for name, entry in files if name.endswith(".safetensors")}
 
 
 def _retired(pinned: set[str]) -> set[str]:

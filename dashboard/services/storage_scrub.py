@@ -18,9 +18,10 @@ from django.conf import settings
 from compression_worker.contracts import CompressionError
 from compression_worker.store import Blob, Store
 from dashboard.lifecycle import ArtifactState, DamageKind
-from dashboard.models import Artifact, Checkpoint, Damage, Evaluation, SampleSet, Scrub, Sweep
+from dashboard.models import Artifact, Checkpoint, Damage, Escrow, Evaluation, SampleSet, Scrub, Sweep
 from dashboard.services.blobs import DOCUMENT_BYTES
 from dashboard.services.registry import artifact_mark_corrupt, artifact_mark_sound
+from dashboard.services.storage_marks import weight_files
 from dashboard.services.units import unit_of_work
 
 SLICE_BYTES = 2_000_000_000
@@ -196,9 +197,16 @@ def needed_blobs(store: Store) -> dict[str, Concerns]:
 
 
 def _stands_on(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
+    escrows = dict(Escrow.objects.values_list("variant", "digest"))
+    released = set(Escrow.objects.filter(released_at__isnull=False).values_list("variant", flat=True))
     for checkpoint in Checkpoint.objects.only("pk", "name", "digest", "manifest"):
         concern = {"kind": "checkpoint", "pk": checkpoint.pk, "name": checkpoint.name}
-        for digest in {checkpoint.digest, *(file["sha256"] for file in checkpoint.manifest["files"].values())}:
+        stands_on = {checkpoint.digest, *(file["sha256"] for file in checkpoint.manifest["files"].values())}
+        if checkpoint.pk in released:
+            stands_on -= weight_files(checkpoint).keys()
+        if escrow := escrows.get(checkpoint.pk):
+            stands_on |= {escrow, *_files_of(store, escrow)}
+        for digest in stands_on:
             yield digest, concern
     kept = Artifact.objects.exclude(state=ArtifactState.RETIRED)
     for artifact in kept.only("pk", "name", "digest"):

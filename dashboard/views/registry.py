@@ -24,7 +24,7 @@ from dashboard.pictures import (
     lineage_picture,
     pareto_picture,
 )
-from dashboard.selectors import approvals, environments, evaluations, memo, outcomes, registry, storage
+from dashboard.selectors import approvals, environments, escrows, evaluations, memo, outcomes, registry, storage
 from dashboard.selectors.comparisons import comparisons
 from dashboard.services.registry import artifact_retire, checkpoint_import
 from dashboard.views.answers import SignedInRequest, attempt, found
@@ -55,6 +55,7 @@ def checkpoint_detail(request: HttpRequest, name: str) -> HttpResponse:
         ],
         "lineage": lineage_picture(registry.lineage(checkpoint)),
         "damages": storage.damages_of_checkpoint(checkpoint),
+        "full": escrows.full_precision(checkpoint),
         "variants": checkpoint.variants.order_by("name"),
         "certificate": environments.certificate_latest(checkpoint.pk),
         "certificate_valid": approvals.certificate_valid(checkpoint),

@@ -15,7 +15,7 @@ from dashboard.lifecycle import DeploymentKind
 from dashboard.models import Deployment, Environment
 from dashboard.permissions import rule
 from dashboard.pictures import Picture, generations_picture, ledger_picture
-from dashboard.selectors import approvals, environments
+from dashboard.selectors import approvals, environments, escrows
 from dashboard.services.releases import deployment_create, deployment_full_precision, rollback
 from dashboard.views.answers import SignedInRequest, attempt, found, live
 
@@ -56,6 +56,7 @@ def environment_detail(request: HttpRequest, name: str) -> HttpResponse:
 
 def _release_page(request: HttpRequest, environment: Environment, forms: Forms, status: int = 200) -> HttpResponse:
     present = environments.environment_status(environment)
+    full = escrows.full_precision(present.deployment.variant) if present.deployment else None
 
     def context() -> dict[str, object]:
         history = environments.environment_history(environment)
@@ -69,6 +70,7 @@ def _release_page(request: HttpRequest, environment: Environment, forms: Forms, 
             "deployable": environments.approvals_deployable(),
             "certificate": approvals.certificate_valid(deployment.variant) if deployment else None,
             "ledger": _ledger(deployment),
+            "full": full,
             "is_full": deployment is not None and deployment.kind != DeploymentKind.COMPRESSED,
         }
 
@@ -79,6 +81,7 @@ def _release_page(request: HttpRequest, environment: Environment, forms: Forms, 
         active and active.state,
         servers,
         [one.report.answers for one in present.servers],
+        full and (full.escrow and full.escrow.pk, full.job and full.job.pk),
     )
     response = live(request, "releases/detail.html", "release", context, version)
     if status != 200:

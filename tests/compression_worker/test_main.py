@@ -120,6 +120,25 @@ def test_restore_has_the_documented_shape(made: Path, capsys: pytest.CaptureFixt
     assert documented("restore") == found.keys()
 
 
+def test_an_escrow_gives_the_same_files_back(made: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folders = ["--base", made / "base", "--model", made / "variant", "--out", tmp_path / "escrow"]
+    found = answer(capsys, "escrow", *folders)
+    check_shape(found, INSPECT)
+    assert documented("escrow") == INSPECT.keys()
+    assert found["artifact_bytes"] == sum(path.stat().st_size for path in (tmp_path / "escrow").iterdir())
+    assert answer(capsys, "inspect", tmp_path / "escrow") == found
+    assert answer(capsys, "verify", tmp_path / "escrow", "--base", made / "base") == {"ok": True, "problems": []}
+    restored = answer(capsys, "restore", tmp_path / "escrow", "--base", made / "base", "--out", tmp_path / "back")
+    check_shape(restored, {"out": str, "tensors": int, "bytes": int})
+    before = {path.name: path.read_bytes() for path in (made / "variant").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()} == before
+    status, out, err = run(
+        capsys, "restore", tmp_path / "escrow", "--base", made / "variant", "--out", tmp_path / "new"
+    )
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "fingerprint" in err
+
+
 def test_evaluate_has_the_documented_shape(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--base", made / "base", "--reference", made / "variant", "--data", made / "text.txt"]
     found = answer(capsys, "evaluate", made / "artifact", *flags, "--set", "window_tokens=32")

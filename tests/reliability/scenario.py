@@ -14,14 +14,17 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from django.conf import settings
 from django.db import close_old_connections, connection, transaction
 
+from compression_worker.store import open_store
 from dashboard.lifecycle import ApprovalState, CancelRequest, Conflict, JobKind, JobState, Refused, Role
 from dashboard.models import (
     Approval,
     Artifact,
     Checkpoint,
     Environment,
+    Escrow,
     Evaluation,
     Job,
     RollbackCertificate,
@@ -30,8 +33,9 @@ from dashboard.models import (
     Step,
     User,
 )
-from dashboard.services import evaluations, jobs, registry, releases
+from dashboard.services import escrows, evaluations, jobs, registry, releases
 from dashboard.services.steps import step_claim
+from dashboard.services.storage_marks import weight_files
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +71,9 @@ def play() -> None:
         deploy_in_full,
         deploy_compressed,
         roll_back,
+        keep_as_escrow,
         see_the_others_end,
+        restore_from_escrow,
     ):
         log.info("stage %s", stage.__name__)
         insist(stage)
@@ -241,6 +247,25 @@ def answered(generation: int, digest: str) -> bool:
     if answer.status == 200 and said != (str(generation), digest):
         raise Lost(f"the server reports generation {generation} and answers from {said}")
     return answer.status == 200
+
+
+def keep_as_escrow() -> bool:
+    """The variant, bit for bit, as its difference from the base."""
+    if wanted(kind=JobKind.ESCROW) is None:
+        escrows.escrow_create(actor=person(Role.ENGINEER), variant=Checkpoint.objects.get(name="variant"))
+    return Escrow.objects.exists()
+
+
+def restore_from_escrow() -> bool:
+    """The way back, as after a disk that lost the weights, once no other job needs them."""
+    escrow = Escrow.objects.select_related("variant").get()
+    job = wanted(kind=JobKind.RESTORE)
+    if job is None:
+        store = open_store(settings.ARTIFACT_ROOT, settings.ARTIFACT_CACHE)
+        store.remove(weight_files(escrow.variant))
+        escrows.escrow_restore(actor=person(Role.OPS), variant=escrow.variant)
+        return False
+    return job.state == JobState.SUCCEEDED
 
 
 def see_the_others_end() -> bool:

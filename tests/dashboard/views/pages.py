@@ -17,6 +17,7 @@ def addresses(world: SimpleNamespace) -> dict[str, str]:
         "checkpoint-import": [],
         "checkpoint-detail": [world.variant.name],
         "checkpoint-differences": [world.variant.name],
+        "escrow-release": [world.variant.name],
         "artifact-detail": [world.artifact.pk],
         "approval-new": [world.artifact.pk],
         "job-list": [],
