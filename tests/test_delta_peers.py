@@ -219,11 +219,13 @@ def test_peers_without_rows_of_ours_are_measured_at_a_ratio(pair: Pair, tmp_path
     (line,) = one.peers  # with the embeddings kept no form is as small as that
     assert line.kept == "norms"
     assert line.true == pytest.approx(4.0, rel=sizes.EQUAL)
-    assert len(found.notes) == 1
+    assert one.too_large == [("magnitude pruning, 4 bits", "embeddings, head, norms")]
     ends = dict(found.ends)
     kl = {name: sum(window["kl"] for window in windows) for name, windows in (ends | {"peer": line.windows}).items()}
     assert 0 == kl["variant"] < kl["peer"] < kl["base"]
-    assert "magnitude pruning" in tables.markdown(found, config, 4)
+    text = tables.markdown(found, config, 4)
+    assert f"| {line.name} ({line.dial}) | norms | " in text
+    assert "with embeddings, head, norms kept as they are, not as small as" in text
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,9 @@ def test_a_peer_of_another_size_is_no_equal() -> None:
     line: dict[str, Any] = {"name": "", "kept": "", "nominal": 1.0, "true": 1.0, "bits": 1.0, "windows": []}
     mine = contest.Line(**line, size=1000)
     assert tables.unequal(contest.Line(**line, size=1019), mine) == ""
-    assert "2.50 ×" in tables.unequal(contest.Line(**line, size=2500), mine)
+    larger = contest.Line(**line, size=2500)
+    assert "2.50 ×" in tables.unequal(larger, mine)
+    assert not tables.in_reach(larger, mine)
     near = contest.Line(**line, size=995)
     assert [one.size for one in contest.rounds([near, mine, contest.Line(**line, size=700)])] == [1000, 700]
 

@@ -68,12 +68,14 @@ def run(args: argparse.Namespace) -> int:
             wanted=lambda peer: asked_for(peer, args.only),
         )
         evaluator = Evaluator(pair, samples, config)
-        found = contest.hold(pair, evaluator, given, scratch)
-    text = tables.markdown(found, config, len(evaluator.windows))
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+
+        def watch(found: contest.Contest) -> None:
+            if args.out:  # after each peer, since a run can take hours
+                args.out.write_text(tables.markdown(found, config, len(evaluator.windows)), encoding="utf-8")
+
+        found = contest.hold(pair, evaluator, given, scratch, watch)
+    if not args.out:
+        sys.stdout.write(tables.markdown(found, config, len(evaluator.windows)))
     if args.record:
         tables.keep_records(found, args.name)
     return 1 if found.failed else 0

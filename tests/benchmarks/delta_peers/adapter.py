@@ -31,8 +31,8 @@ class Adapter(Peer):
         linears = self._linears(pair)
         return 1, len(linears) * min(min(linear.shape) for linear in linears)
 
-    def dial_words(self, dial: float) -> str:
-        return f"{int(dial):,} ranks in all"
+    def dial_words(self, pair: Pair, dial: float) -> str:
+        return f"mean rank {dial / len(self._linears(pair)):.3g}"
 
     def encode(self, pair: Pair, dial: float) -> Tensors:
         stored: Tensors = {}

@@ -25,7 +25,7 @@ from tests.benchmarks.delta_peers.sizes import (
     write_files,
 )
 
-SAME = 0.01
+SAME = 0.015
 """Artifacts whose sizes differ by less than this are contended for at one size, the largest of them."""
 
 
@@ -53,11 +53,13 @@ class Round:
     size: int
     ours: list[Line]
     peers: list[Line] = field(default_factory=list)
+    too_large: list[tuple[str, str]] = field(default_factory=list)
+    """Label, and what is kept, of each peer that cannot be made so small."""
 
 
 @dataclass
 class Contest:
-    """What a run found. ``notes`` say what is missing from the tables and why."""
+    """What a run has found so far. ``notes`` say which rows of ours are missing and why."""
 
     ends: list[tuple[str, list[Json]]]
     rounds: list[Round]
@@ -77,8 +79,14 @@ class Inputs:
     wanted: Callable[[Peer], bool]
 
 
-def hold(pair: Pair, evaluator: Evaluator, given: Inputs, scratch: Path) -> Contest:
-    """Measure everything; ``scratch`` is for files of the run."""
+def hold(
+    pair: Pair,
+    evaluator: Evaluator,
+    given: Inputs,
+    scratch: Path,
+    watch: Callable[[Contest], None] = lambda contest: None,
+) -> Contest:
+    """Measure everything; ``scratch`` is for files of the run, ``watch`` sees what there is after each peer."""
     contest = Contest([], [], [], failed=False)
     base = pair.model("base")
     contest.ends = [("base", evaluator.model(base)), ("variant", evaluator.variant())]
@@ -88,8 +96,10 @@ def hold(pair: Pair, evaluator: Evaluator, given: Inputs, scratch: Path) -> Cont
     contest.rounds += [Round(round(pair.source_bytes / ratio), []) for ratio in given.ratios]
     contest.rounds.sort(key=lambda one: -one.size)
     side = ours.side_bytes(artifacts, pair)
+    watch(contest)
     for peer in filter(given.wanted, [*baselines(), Adapter()]):
         _challenge(peer, pair, evaluator, side, scratch, contest)
+        watch(contest)
     return contest
 
 
@@ -149,8 +159,7 @@ def _challenge(peer: Peer, pair: Pair, evaluator: Evaluator, side: int, scratch:
     for one in contest.rounds:
         match: Match | None = match_size(peer, pair, one.size - side, sizes)
         if match is None:
-            words = f"{peer.label} with {pair.kept_words(peer.scope)} kept does not get as small as {one.size:,} bytes"
-            contest.notes.append(words)
+            one.too_large.append((peer.label, pair.kept_words(peer.scope)))
             continue
         if match.dial not in lines:
             lines[match.dial] = measured(peer, pair, evaluator, match.dial, side, scratch)
@@ -166,7 +175,7 @@ def measured(peer: Peer, pair: Pair, evaluator: Evaluator, dial: float, side: in
     line = Line(
         name=peer.label,
         kept=pair.kept_words(peer.scope),
-        dial=peer.dial_words(dial),
+        dial=peer.dial_words(pair, dial),
         size=size,
         nominal=nominal,
         true=true_ratio(pair.source_bytes, size),

@@ -45,7 +45,7 @@ class Peer:
         """The dial of the smallest and of the largest form; None where there is but one form."""
         return None
 
-    def dial_words(self, dial: float) -> str:
+    def dial_words(self, pair: Pair, dial: float) -> str:
         return ""
 
     def encode(self, pair: Pair, dial: float) -> Tensors:
@@ -102,7 +102,7 @@ class Sparse(Peer):
     def dials(self, pair: Pair) -> tuple[float, float]:
         return LEAST_SHARE, 1.0
 
-    def dial_words(self, dial: float) -> str:
+    def dial_words(self, pair: Pair, dial: float) -> str:
         return f"{100 * dial:.3g} % kept"
 
     def encode(self, pair: Pair, dial: float) -> Tensors:
@@ -142,8 +142,8 @@ class LowRank(Peer):
     def dials(self, pair: Pair) -> tuple[float, float]:
         return 1, sum(pair.factors(name).singular.numel() for name in pair.compressed(self.scope))
 
-    def dial_words(self, dial: float) -> str:
-        return f"{int(dial):,} triples"
+    def dial_words(self, pair: Pair, dial: float) -> str:
+        return f"mean rank {dial / len(pair.compressed(self.scope)):.3g}"
 
     def encode(self, pair: Pair, dial: float) -> Tensors:
         stored: Tensors = {}

@@ -27,9 +27,16 @@ def markdown(contest: Contest, config: EvaluationConfig, windows: int) -> str:
     blocks += [_round(one, config) for one in contest.rounds]
     verdicts = "\n".join(f"- {line}" for line in _summary(contest, config))
     blocks += [f"Ours at equal bytes, by KL (margin {100 * MARGIN:.0f} % of the peer's):\n\n{verdicts}"]
-    if contest.notes:
-        blocks += ["Not in the tables:\n\n" + "\n".join(f"- {note}" for note in contest.notes)]
+    if notes := [*contest.notes, *_too_large(contest)]:
+        blocks += ["Not in the tables:\n\n" + "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _too_large(contest: Contest) -> Iterator[str]:
+    for one in contest.rounds:
+        for kept in sorted({kept for _, kept in one.too_large}):
+            names = ", ".join(name for name, other in one.too_large if other == kept)
+            yield f"with {kept} kept as they are, not as small as {megabytes(one.size)}: {names}"
 
 
 def keep_records(contest: Contest, name: str) -> None:
@@ -76,7 +83,12 @@ def _against(line: Line, one: Round, config: EvaluationConfig) -> Iterator[str]:
             continue
         found = compare(mine.windows, line.windows, config)
         span = f"{found.difference:+.4f} ({found.low:+.4f} … {found.high:+.4f})"
-        yield f"{span} {WORDS[found.verdict.kind]}{unequal(line, mine)}"
+        yield span + (f" {WORDS[found.verdict.kind]}" if in_reach(line, mine) else "") + unequal(line, mine)
+
+
+def in_reach(line: Line, mine: Line) -> bool:
+    """Whether a peer has no more bytes than ours: a larger one that is nearer to the variant proves nothing."""
+    return line.size <= mine.size * (1 + EQUAL)
 
 
 def unequal(line: Line, mine: Line) -> str:
@@ -92,7 +104,7 @@ def _summary(contest: Contest, config: EvaluationConfig) -> Iterator[str]:
             results = [
                 (line, compare(mine.windows, line.windows, config).verdict.kind)
                 for line in one.peers
-                if line.size <= mine.size * (1 + EQUAL)
+                if in_reach(line, mine)
             ]
             equal = [kind for line, kind in results if not unequal(line, mine)]
             words = (
