@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from compression_worker import catalog, settings
+from compression_worker import catalog, commands, settings
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.evaluation.config import EvaluationConfig
 from compression_worker.samples import parse_samples, read_samples
@@ -247,6 +248,37 @@ def test_a_peer_of_another_size_is_no_equal() -> None:
     assert not tables.in_reach(larger, mine)
     near = contest.Line(**line, size=995)
     assert [one.size for one in contest.rounds([near, mine, contest.Line(**line, size=700)])] == [1000, 700]
+
+
+def test_an_artifact_of_ours_is_made_once_counted_whole_and_known_by_all_that_decides_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, variant = make_tiny_pair(tmp_path)
+    pair = Pair(Store(tmp_path / "store", durable=False), base, variant)
+    text = tmp_path / "text.txt"
+    text.write_text("calibration")
+    row = ours.Row(name="initial", method="bitdelta", set=("distill_steps=0",))
+    made = []
+
+    def compress(row: ours.Row, base: Path, variant: Path, text: Path, out: Path) -> None:
+        made.append(out)
+        config = settings.parsed(catalog.method(row.method).config_class(), row.set)
+        options: dict[str, Any] = {"data": None, "seed": 0, "device": "cpu", "watch": lambda event: None}
+        commands.compress(row.method, base=base, model=variant, out=out, config=config, **options)
+
+    monkeypatch.setattr(ours, "compress", compress)  # in this process: a new one would import torch again
+    out = tmp_path / ours.folder_name(row, pair, text)
+    artifact = ours.make(row, base, variant, text, out)
+    assert ours.make(row, base, variant, text, out).digest == artifact.digest
+    assert made == [out]
+    assert ours.kept_words(artifact, pair) == "embeddings, norms"
+    assert ours.side_bytes([artifact], pair) == pair.side_bytes
+    assert artifact.summary()["artifact_bytes"] == sum(path.stat().st_size for path in out.iterdir())
+    others = [replace(row, set=("distill_steps=1",)), replace(row, calibrated=True)]
+    assert len({ours.folder_name(one, pair, text) for one in (row, *others)}) == 3
+    (out / "config.json").write_bytes(b"{}")
+    with pytest.raises(ours.Refused, match="bytes and has"):
+        ours.make(row, base, variant, text, out)
 
 
 def test_every_row_of_ours_has_settings_that_its_method_takes() -> None:

@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--ratio", type=float, action="append", default=[], help="also measure peers at this true ratio (repeatable)"
     )
+    made.add_argument("--keep", type=Path, metavar="DIR", help="keep artifacts of ours there; use those that are there")
     made.add_argument("--only", default="", metavar="WORDS", help="peers whose label has these words; all without")
     made.add_argument("--name", default="pair", help="what the pair is called in results.csv")
     made.add_argument("--out", type=Path, help="a file for the tables; standard output without")
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             rows=ours.listed(args.rows, args.steps),
             ratios=args.ratio,
             wanted=lambda peer: asked_for(peer, args.only),
+            keep=args.keep,
         )
         evaluator = Evaluator(pair, samples, config)
 

@@ -69,7 +69,7 @@ class Contest:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the command was given."""
+    """What the command was given. ``keep``: a folder where artifacts of ours stay, and are found again."""
 
     base: Path
     variant: Path
@@ -77,6 +77,7 @@ class Inputs:
     rows: list[ours.Row]
     ratios: list[float]
     wanted: Callable[[Peer], bool]
+    keep: Path | None = None
 
 
 def hold(
@@ -118,13 +119,14 @@ def _ours(
     pair: Pair, evaluator: Evaluator, given: Inputs, scratch: Path, contest: Contest
 ) -> tuple[list[Line], list[ours.Artifact]]:
     lines, artifacts = [], []
-    for number, row in enumerate(given.rows):
+    for row in given.rows:
         if not ours.known(row):
             contest.notes.append(f"{row.name}: this version has no method '{row.method}'")
             continue
         started = time.monotonic()
         try:
-            artifact = ours.make(row, given.base, given.variant, given.text, scratch / f"ours-{number}")
+            out = (given.keep or scratch) / ours.folder_name(row, pair, given.text)
+            artifact = ours.make(row, given.base, given.variant, given.text, out)
         except ours.Refused as refusal:
             contest.notes.append(f"{row.name}: {refusal}")
             contest.failed = True

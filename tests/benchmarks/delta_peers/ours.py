@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tomllib
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 
 from compression_worker import catalog
-from compression_worker.artifact import Artifact, load_model
+from compression_worker.artifact import MANIFEST, Artifact, load_model
+from compression_worker.contracts import CODE_VERSION, canonical_json, sha256
 from tests.benchmarks.delta_peers.pair import Pair, words_for_parts
 
 PROJECT = Path(__file__).parents[3]
@@ -47,8 +47,34 @@ def known(row: Row) -> bool:
     return row.method in catalog.METHODS
 
 
+def folder_name(row: Row, pair: Pair, text: Path) -> str:
+    """A name for all that decides a row's artifact: the pair, the method and its settings, the calibration text."""
+    calibration = sha256(text.read_bytes()) if row.calibrated else ""
+    parts = [pair.base.fingerprint, pair.variant.fingerprint, row.method, *row.set, calibration]
+    return f"{row.method}-{sha256(canonical_json(parts))[:16]}"
+
+
+def made_before(out: Path) -> bool:
+    """Whether ``out`` has the artifact of an earlier run. Refuses one of another version of the code."""
+    if not (out / MANIFEST).is_file():
+        return False
+    if Artifact.open_folder(out).manifest["code_version"] != CODE_VERSION:
+        raise Refused(f"'{out}' was made by another version of the code: remove it")
+    return True
+
+
 def make(row: Row, base: Path, variant: Path, text: Path, out: Path) -> Artifact:
-    """Run ``compress`` for a row; the artifact, which is as large as it says."""
+    """Run ``compress`` for a row, unless ``out`` has its artifact; the artifact, which is as large as it says."""
+    if not made_before(out):
+        compress(row, base, variant, text, out)
+    artifact = Artifact.open_folder(out)
+    said, found = artifact.summary()["artifact_bytes"], sum(path.stat().st_size for path in out.iterdir())
+    if found != said:
+        raise Refused(f"the artifact says {said:,} bytes and has {found:,}")
+    return artifact
+
+
+def compress(row: Row, base: Path, variant: Path, text: Path, out: Path) -> None:
     command = [sys.executable, "-m", "compression_worker", "compress", row.method, "--json", "--device", "cpu"]
     command += ["--base", str(base.absolute()), "--model", str(variant.absolute()), "--out", str(out.absolute())]
     command += ["--data", str(text.absolute())] if row.calibrated else []
@@ -56,11 +82,6 @@ def make(row: Row, base: Path, variant: Path, text: Path, out: Path) -> Artifact
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     if done.returncode:
         raise Refused(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}")
-    said = json.loads(done.stdout)["artifact_bytes"]
-    found = sum(path.stat().st_size for path in out.iterdir())
-    if found != said:
-        raise Refused(f"the artifact says {said:,} bytes and has {found:,}")
-    return Artifact.open_folder(out)
 
 
 def model(artifact: Artifact, pair: Pair) -> Any:

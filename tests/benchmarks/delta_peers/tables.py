@@ -35,7 +35,7 @@ def markdown(contest: Contest, config: EvaluationConfig, windows: int) -> str:
 def _too_large(contest: Contest) -> Iterator[str]:
     for one in contest.rounds:
         for kept in sorted({kept for _, kept in one.too_large}):
-            names = ", ".join(name for name, other in one.too_large if other == kept)
+            names = "; ".join(name for name, other in one.too_large if other == kept)
             yield f"with {kept} kept as they are, not as small as {megabytes(one.size)}: {names}"
 
 
@@ -110,14 +110,14 @@ def _summary(contest: Contest, config: EvaluationConfig) -> Iterator[str]:
             words = (
                 f"*{mine.name}* ({megabytes(mine.size)}): better than {equal.count(VerdictKind.BETTER)} of {len(equal)}"
             )
-            for kind, text in ((VerdictKind.EQUAL, "equal to"), (VerdictKind.WORSE, "**worse** than")):
+            for kind, text in ((VerdictKind.EQUAL, "Equal to"), (VerdictKind.WORSE, "**Worse** than")):
                 words += _listed(results, mine, kind, text)
-            yield words + _listed(results, mine, VerdictKind.UNCLEAR, "not enough evidence against")
+            yield words + _listed(results, mine, VerdictKind.UNCLEAR, "Not enough evidence against")
 
 
 def _listed(results: list[tuple[Line, VerdictKind]], mine: Line, kind: VerdictKind, text: str) -> str:
     names = [f"{line.name} ({line.kept} kept{unequal(line, mine)})" for line, found in results if found == kind]
-    return f"; {text} {', '.join(names)}" if names else ""
+    return f". {text}: {'; '.join(names)}" if names else ""
 
 
 def megabytes(size: int) -> str:
