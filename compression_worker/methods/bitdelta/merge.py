@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compression_worker.architecture import parsed
+from compression_worker.architecture import describe, parsed
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json
@@ -145,15 +145,14 @@ def load_model(
     """The compressed model in memory; ``packed`` None merges on a CPU and keeps one bit a weight on CUDA."""
     keep_packed = device.startswith("cuda") if packed is None else packed
     with Merged(base, artifact) as merged:
+        packs = _packable(artifact) if keep_packed else {}
         weights = {}
         for name, entry in merged.table.items():
             own = dtype or DTYPES[entry["dtype"]]
-            leave = keep_packed and entry["kind"] == "sign" and not entry.get("transposed")
-            weights[name] = merged.base_tensor(name).to(own) if leave else merged.tensor(name, own)
+            weights[name] = merged.base_tensor(name).to(own) if name in packs else merged.tensor(name, own)
         model = _filled(artifact, weights, dtype)
         model.to(device)
-        if keep_packed:
-            _pack(model, merged, device)
+        _pack(model, merged, packs, device)
     return model.eval().requires_grad_(False)
 
 
@@ -179,13 +178,22 @@ def _filled(artifact: Artifact, weights: dict[str, torch.Tensor], dtype: torch.d
     return model
 
 
-def _pack(model: Any, merged: Merged, device: str) -> None:
-    """Put a :class:`PackedLinear` in the place of each block linear."""
+def _packable(artifact: Artifact) -> dict[str, str]:
+    """The coded linears that are a module of their own, by the name that the model in memory has for the weight.
+
+    A weight that is stored the other way round and the experts of a mixture, which are one stack in memory, are merged.
+    """
+    table = artifact.manifest["tensors"]
+    architecture = describe(artifact.config).renamed_for(table)
+    coded = {name for name, entry in table.items() if entry["kind"] == "sign" and not entry.get("transposed")}
+    return {name: architecture.memory.get(name, name) for name in sorted(coded - architecture.stacked())}
+
+
+def _pack(model: Any, merged: Merged, packs: dict[str, str], device: str) -> None:
+    """Put a :class:`PackedLinear` in the place of each block linear that ``packs`` names."""
     modules = dict(model.named_modules())
-    for name, entry in merged.table.items():
-        if entry["kind"] != "sign" or entry.get("transposed"):
-            continue
-        path = module_path(name, modules, model.base_model_prefix)
+    for name, weight in packs.items():
+        path = module_path(weight, modules, model.base_model_prefix)
         parent, _, child = path.rpartition(".")
         linear = modules[path]
         codes, scale = merged.codes(name).to(device), merged.scale(name).to(device)
