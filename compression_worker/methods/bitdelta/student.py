@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from compression_worker.architecture import Architecture
 from compression_worker.distillation import Batch, logit_loss
 from compression_worker.methods.bitdelta.merge import module_path
+from compression_worker.methods.bitdelta.stacks import StackedLinear, stacked_linears
 
 
 class SignedLinear(torch.autograd.Function):
@@ -63,13 +65,23 @@ class DistilledLinear(torch.nn.Module):
 class Student:
     """The variant's model with a :class:`DistilledLinear` for each linear in ``names``, in the order of the scales."""
 
-    def __init__(self, model: Any, names: list[str], pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """``pairs``: name -> base weight and signs (int8), both ``(N, K)``."""
+    def __init__(
+        self,
+        model: Any,
+        names: list[str],
+        pairs: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        architecture: Architecture,
+    ) -> None:
+        """``pairs``: name -> base weight and signs (int8), both ``(N, K)``. ``architecture``: of the checkpoint."""
         self._model = model.requires_grad_(False)
+        stacked = stacked_linears(model, architecture, pairs)
         modules = dict(model.named_modules())
-        self._linears = []
+        self._linears: list[DistilledLinear | StackedLinear] = []
         for name in names:
-            path = module_path(name, modules, model.base_model_prefix)
+            if name in stacked:
+                self._linears.append(stacked[name])
+                continue
+            path = module_path(architecture.memory.get(name, name), modules, model.base_model_prefix)
             parent, _, child = path.rpartition(".")
             linear = modules[path]
             # GPT-2 keeps weights as (K, N); here all are (N, K).

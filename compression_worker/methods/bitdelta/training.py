@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from compression_worker.architecture import describe
 from compression_worker.checkpoints import Checkpoint, load_model, load_tokenizer
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.distillation import Adam, Batch, Windows, distill, scheduled
@@ -127,7 +128,8 @@ def _student(context: StepContext, variant: Checkpoint, lines: dict[str, Json]) 
                     weight = weight.T.contiguous() if linear["transposed"] else weight
                     pairs[name] = weight.to(context.device), signs.to(context.device)
     model: Any = load_model(variant, device=context.device, dtype=torch.float32)
-    return Student(model, list(lines), pairs)
+    architecture = describe(variant.manifest["config"]).renamed_for(variant.manifest["tensors"])
+    return Student(model, list(lines), pairs, architecture)
 
 
 def _windows(context: StepContext, variant: Checkpoint, config: BitDeltaConfig) -> Windows:
