@@ -80,7 +80,13 @@ def _add_compress(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("method", choices=sorted(catalog.METHODS), metavar="METHOD", help="a name that 'methods' lists")
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base, a Hugging Face folder")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="its fine-tune, a Hugging Face folder")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="its fine-tune: a Hugging Face folder, or a PEFT adapter",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the artifact")
     parser.add_argument("--data", type=Path, metavar="FILE", help="calibration text: TXT, or JSONL with 'text'")
     _add_settings(parser)
@@ -125,8 +131,8 @@ def _add_restore(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("evaluate", help="measure a model or an artifact on text or questions")
-    parser.add_argument("target", type=Path, metavar="TARGET", help="a Hugging Face folder or an artifact")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="the base of an artifact")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="a Hugging Face folder, an artifact or an adapter")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="the base of an artifact or of a PEFT adapter")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="the model to compare with, uncompressed")
     parser.add_argument("--data", type=Path, metavar="FILE", help="text: TXT, or JSONL with 'text'")
     parser.add_argument("--choice", type=Path, metavar="FILE", help="questions: JSONL with question, choices, answer")

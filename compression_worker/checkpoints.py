@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from compression_worker import gate, intake
+from compression_worker.adapters import CONFIG_FILE, is_adapter
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput, canonical_json, sha256
 from compression_worker.faults import failpoint
 from compression_worker.store import NoRoom, Store
@@ -44,7 +45,8 @@ def import_step(context: StepContext) -> StepOutput:
     base = read_manifest(context.store, context.spec.inputs["base"]) if "base" in context.spec.inputs else None
     with intake.open_folder(root, params["folder"]) as folder:
         failpoint("import.open")
-        manifest = _take(context.store, folder, None, params.get("licence", ""), context.progress)
+        at = context.spec.inputs.get("base", "")
+        manifest = _take(context.store, folder, None, at, params.get("licence", ""), context.progress)
     failpoint("import.manifest")
     digest = context.store.write_bytes(canonical_json(manifest))
     context.log(f"{len(manifest['tensors']):,} tensors, {manifest['parameters']:,} parameters", "info")
@@ -59,14 +61,17 @@ def import_step(context: StepContext) -> StepOutput:
     return StepOutput(blobs={MANIFEST: digest, **_digests(manifest)}, data=data)
 
 
-def attach_folder(store: Store, folder: Path, *, licence: str = "", progress: Progress | None = None) -> str:
+def attach_folder(
+    store: Store, folder: Path, *, base: str = "", licence: str = "", progress: Progress | None = None
+) -> str:
     """Gate and hash a folder of the person at the keyboard, without copying its weights; the checkpoint's digest.
 
     The weights become symbolic links in the store, so the folder must stay as it is while the store is used: take a
-    store of one run. The rules of an import hold, except that files may have hard links.
+    store of one run. The rules of an import hold, except that files may have hard links. A PEFT adapter is merged into
+    the checkpoint ``base``, and that is written.
     """
     with intake.open_path(folder) as handle:
-        manifest = _take(store, handle, folder, licence, progress or (lambda done, total, unit: None))
+        manifest = _take(store, handle, folder, base, licence, progress or (lambda done, total, unit: None))
     return store.write_bytes(canonical_json(manifest))
 
 
@@ -232,18 +237,25 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise CompressionError("unreadable_tokenizer", f"transformers cannot load it: {_one_line(error)}") from error
 
 
-def _take(store: Store, folder: int, link_from: Path | None, licence: str, progress: Progress) -> Json:
+def _take(store: Store, folder: int, link_from: Path | None, base: str, licence: str, progress: Progress) -> Json:
+    adapter = is_adapter(os.listdir(folder))
     with contextlib.ExitStack() as stack:
-        sources = intake.open_sources(folder, stack, single_link=link_from is None)
+        sources = intake.open_sources(
+            folder, stack, single_link=link_from is None, also=(CONFIG_FILE,) if adapter else ()
+        )
         readme = sources.pop("README.md", None)
-        licence = licence or (_licence_of(readme.read_text()) if readme else "")
+        licence = licence or (intake.licence_of(readme.read_text()) if readme else "")
+        if adapter:
+            from compression_worker.adapter_merge import take_adapter
+
+            return take_adapter(store, sources, base, licence, progress)
         weights = [source for name, source in sources.items() if name.endswith(".safetensors")]
         texts = {name: source.read_text() for name, source in sources.items() if source not in weights}
-        config, weight_map = _check_texts(texts)
+        config, weight_map = check_texts(texts)
         shards = [intake.read_header(source) for source in weights]
         intake.check_shards(shards, weight_map)
         if link_from is None:
-            _require_room(store, sum(source.size for source in sources.values()))
+            require_room(store, sum(source.size for source in sources.values()))
         tensors, files = _take_weights(store, shards, link_from, progress)
     for name, text in texts.items():
         files[name] = {"sha256": store.write_bytes(text), "size": len(text)}
@@ -274,7 +286,8 @@ def make_manifest(files: Mapping[str, Json], tensors: Mapping[str, Json], config
     }
 
 
-def _check_texts(texts: Mapping[str, bytes]) -> tuple[Json, dict[str, str] | None]:
+def check_texts(texts: Mapping[str, bytes]) -> tuple[Json, dict[str, str] | None]:
+    """The gate for all small files of a checkpoint: its config.json and, where there is one, the map of its index."""
     if "config.json" not in texts:
         raise CompressionError("missing_config", "the folder has no config.json: copy the whole checkpoint")
     for name, text in texts.items():
@@ -321,7 +334,8 @@ def _sink(store: Store, link: Path | None) -> Iterator[intake.Sink]:
     store.link(hasher.finish(), link)
 
 
-def _require_room(store: Store, needed: int) -> None:
+def require_room(store: Store, needed: int) -> None:
+    """Refuse what would fill the store, before anything of it is written."""
     free = store.free_bytes()
     if free < needed + SPARE_BYTES:
         raise NoRoom(f"the import needs {needed:,} bytes and the store has {free:,} free")
@@ -376,11 +390,3 @@ def _shown(tensor: Mapping[str, Any]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
-
-
-def _licence_of(readme: bytes) -> str:
-    """The ``license:`` of a model card's front matter, or nothing."""
-    text = readme[:65_536].decode(errors="replace")
-    front = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
-    found = front and re.search(r"^license:[ \t]*['\"]?([A-Za-z0-9][A-Za-z0-9 .+_-]{0,60})", front[1], re.MULTILINE)
-    return found[1].strip() if found else ""

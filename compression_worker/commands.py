@@ -41,7 +41,8 @@ def compress(
     method(name).config_class()(**config)
     artifacts.require_new(out)
     with _workspace(out) as store, _plain_disk_error(out):
-        inputs = {"base": _attached(store, base, watch), "variant": _attached(store, model, watch)}
+        inputs = {"base": _attached(store, base, watch)}
+        inputs["variant"] = _attached(store, model, watch, base=inputs["base"])
         if data:
             inputs["calibration"] = store.write_bytes(_calibration(data))
         prepare_torch()
@@ -124,10 +125,10 @@ def _plain_disk_error(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _attached(store: Store, folder: Path, watch: Watch) -> str:
+def _attached(store: Store, folder: Path, watch: Watch, *, base: str = "") -> str:
     watch({"type": "step", "name": f"reading {folder.name}", "group": "read", "index": 0, "total": 1})
     try:
-        return attach_folder(store, folder, progress=_progress(watch))
+        return attach_folder(store, folder, base=base, progress=_progress(watch))
     except CompressionError as error:
         raise CompressionError(error.code, f"'{folder}': {error.message}") from error
 

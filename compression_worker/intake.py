@@ -13,7 +13,7 @@ import os
 import re
 import resource
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +135,10 @@ def open_path(folder: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def open_sources(folder: int, stack: contextlib.ExitStack, *, single_link: bool) -> dict[str, Source]:
-    """Every file of the folder that a checkpoint needs, opened; refuses whatever else lies there."""
+def open_sources(
+    folder: int, stack: contextlib.ExitStack, *, single_link: bool, also: Collection[str] = ()
+) -> dict[str, Source]:
+    """Every file of the folder that a checkpoint needs (and ``also``), opened; refuses whatever else lies there."""
     names = sorted(os.listdir(folder))
     folded: dict[str, str] = {}
     for name in names:
@@ -144,7 +146,7 @@ def open_sources(folder: int, stack: contextlib.ExitStack, *, single_link: bool)
         if (other := folded.setdefault(name.casefold(), name)) != name:
             raise CompressionError("unexpected_file", f"'{other}' and '{name}' differ in case only: remove one")
     _allow_open_files(len(names))
-    wanted = [name for name in names if not gate.is_ignored(name) or name == "README.md"]
+    wanted = [name for name in names if not gate.is_ignored(name) or name in ("README.md", *also)]
     return {name: _open_source(folder, name, stack, single_link=single_link) for name in wanted}
 
 
@@ -234,6 +236,14 @@ def count_not_finite(data: memoryview | bytes, dtype: str) -> tuple[int, int]:
     mantissa = exponent & -exponent
     nans = int(np.count_nonzero(bits[special] & (mantissa - 1)))
     return nans, int(np.count_nonzero(special)) - nans
+
+
+def licence_of(readme: bytes) -> str:
+    """The ``license:`` of a model card's front matter, or nothing."""
+    text = readme[:65_536].decode(errors="replace")
+    front = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
+    found = front and re.search(r"^license:[ \t]*['\"]?([A-Za-z0-9][A-Za-z0-9 .+_-]{0,60})", front[1], re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def total_bytes(tensors: Mapping[str, Json]) -> dict[str, int]:

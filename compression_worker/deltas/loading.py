@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,11 +30,11 @@ def dense_model(merged: Merged, dtype: torch.dtype | None, leave: Callable[[str]
     return _filled(merged.artifact, weights, dtype)
 
 
-def pack_modules(model: Any, names: list[str], packed: PackedModule) -> None:
-    """Put what ``packed`` makes in the place of the linear of each of ``names``."""
+def pack_modules(model: Any, names: Mapping[str, str], packed: PackedModule) -> None:
+    """Put what ``packed`` makes in the place of the linear of each of ``names`` (name -> name in memory)."""
     modules = dict(model.named_modules())
-    for name in names:
-        path = module_path(name, modules, model.base_model_prefix)
+    for name, weight in names.items():
+        path = module_path(weight, modules, model.base_model_prefix)
         parent, _, child = path.rpartition(".")
         if module := packed(name, modules[path]):
             setattr(modules[parent], child, module)

@@ -1,7 +1,8 @@
-"""Second moments of what goes into a weight and of what an error of its output costs, and how they are stored."""
+"""What goes into a weight and what an error of its output costs: second moments and samples, as they are stored."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,22 @@ class Moments:
     inputs: torch.Tensor
 
 
-def moments_file(moments: dict[str, Moments]) -> dict[str, tuple[Spec, list[memoryview]]]:
+@dataclass(frozen=True)
+class Samples:
+    """Inputs ``x (W, T, K)`` and gradients by the output ``g (W, T, N)`` of one linear, bf16; ``tokens`` are real."""
+
+    x: torch.Tensor
+    g: torch.Tensor
+    tokens: int
+
+    def cost(self, error: torch.Tensor) -> float:
+        """The KL divergence in nats a token that ``error (N, K)`` of the weight is foretold to make."""
+        moved = self.x.flatten(0, 1).to(torch.float32) @ error.T
+        by_window = (moved.view(self.g.shape) * self.g.to(torch.float32)).sum(dim=(1, 2), dtype=torch.float64)
+        return float(by_window.square().sum()) / (2 * self.tokens)
+
+
+def moments_file(moments: Mapping[str, Moments]) -> dict[str, tuple[Spec, list[memoryview]]]:
     """As tensors ``name#outputs`` and ``name#inputs`` of a safetensors file."""
     vectors = {}
     for name, one in moments.items():
@@ -27,8 +43,22 @@ def moments_file(moments: dict[str, Moments]) -> dict[str, tuple[Spec, list[memo
     return vectors
 
 
+def samples_file(samples: Mapping[str, Samples]) -> dict[str, tuple[Spec, list[memoryview]]]:
+    """As tensors ``name#x`` and ``name#g`` of a safetensors file."""
+    stored = {}
+    for name, one in samples.items():
+        for side, tensor in (("x", one.x), ("g", one.g)):
+            stored[f"{name}#{side}"] = (Spec("BF16", tuple(tensor.shape)), [raw_bytes(tensor.contiguous())])
+    return stored
+
+
 def read_moments(file: TensorFile, name: str) -> Moments | None:
     """What :func:`moments_file` wrote of ``name``; None where it was not seen."""
     if f"{name}#outputs" not in file.entries:
         return None
     return Moments(file.tensor(f"{name}#outputs"), file.tensor(f"{name}#inputs"))
+
+
+def read_samples_of(file: TensorFile, name: str, tokens: int) -> Samples:
+    """What :func:`samples_file` wrote of ``name``."""
+    return Samples(file.tensor(f"{name}#x"), file.tensor(f"{name}#g"), tokens)

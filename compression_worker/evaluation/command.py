@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from compression_worker.adapters import is_adapter
 from compression_worker.artifact import MANIFEST, Artifact, load_artifact_tokenizer
 from compression_worker.artifact import load_model as load_artifact_model
 from compression_worker.checkpoints import Checkpoint, attach_folder, load_model, load_tokenizer
@@ -35,8 +37,8 @@ def evaluate(
 ) -> list[Metric]:
     """Perplexity on ``data``, choice accuracy on ``choice``; with ``reference``, KL divergence and top-1 agreement.
 
-    ``target`` is a Hugging Face folder or an artifact, which needs its ``base``. ``on_event`` gets the messages that a
-    step's child gives (progress, log).
+    ``target`` is a Hugging Face folder, or an artifact or a PEFT adapter, which need their ``base``. ``on_event`` gets
+    the messages that a step's child gives (progress, log).
     """
     config = replace(config or EvaluationConfig(), max_new_tokens=0)
     prepare_torch()
@@ -51,7 +53,7 @@ def evaluate(
         model, tokenizer = _load_target(context, target, base)
         beside = None
         if reference:
-            beside, tokenizer = _load_checkpoint(context, reference)
+            beside, tokenizer = _load_checkpoint(context, reference, base)
         measured = {TARGET: measure(context, model, beside, tokenizer)}
     figures = text_metrics(measured, TARGET, config) + choice_metrics(measured, TARGET, config)
     return [_metric(figure) for figure in figures]
@@ -102,7 +104,7 @@ def _load_target(context: StepContext, target: Path, base: Path | None) -> tuple
     import torch
 
     if not (target / MANIFEST).is_file():
-        return _load_checkpoint(context, target)
+        return _load_checkpoint(context, target, base)
     if base is None:
         raise CompressionError(
             "missing_base", f"'{target}' is an artifact: name the base that it belongs to with --base"
@@ -113,10 +115,12 @@ def _load_target(context: StepContext, target: Path, base: Path | None) -> tuple
     return model, load_artifact_tokenizer(artifact.with_base(checkpoint))
 
 
-def _load_checkpoint(context: StepContext, folder: Path) -> tuple[Any, Any]:
+def _load_checkpoint(context: StepContext, folder: Path, base: Path | None) -> tuple[Any, Any]:
     import torch
 
-    checkpoint = Checkpoint.open(context.store, attach_folder(context.store, folder))
+    under = base if base and folder.is_dir() and is_adapter(os.listdir(folder)) else None
+    at = attach_folder(context.store, under) if under else ""
+    checkpoint = Checkpoint.open(context.store, attach_folder(context.store, folder, base=at))
     return load_model(checkpoint, device=context.device, dtype=torch.float32), load_tokenizer(checkpoint)
 
 

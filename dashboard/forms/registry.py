@@ -16,7 +16,9 @@ class ImportForm(forms.Form):
 
     folder = forms.ChoiceField(
         label=_("Folder"),
-        help_text=_("Folders in the import roots of this installation: config, tokenizer, safetensors."),
+        help_text=_(
+            "Folders in the import roots of this installation: config, tokenizer, safetensors; or a PEFT adapter."
+        ),
     )
     name = forms.SlugField(
         label=_("Name"),
@@ -29,7 +31,8 @@ class ImportForm(forms.Form):
         required=False,
         empty_label=_("none: this is a base model itself"),
         help_text=_(
-            "For a fine-tuned variant: the model that it was tuned from. Tensors are paired by name and shape."
+            "For a fine-tuned variant: the model that it was tuned from. Tensors are paired by name and shape. "
+            "An adapter is merged into it."
         ),
     )
     licence = forms.CharField(

@@ -9,6 +9,7 @@ from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.utils.translation import gettext as _
 
+from compression_worker.adapters import is_adapter
 from compression_worker.contracts import PlannedStep
 from compression_worker.faults import failpoint
 from compression_worker.preflight import import_estimate
@@ -33,6 +34,7 @@ def checkpoint_import(
 ) -> Job:
     """Queue the import of ``folder`` below the import root ``root`` as checkpoint ``name`` (a variant of ``base``).
 
+    A folder that holds a PEFT adapter becomes a whole variant: it is merged into ``base``, which it cannot do without.
     What comes from the root ``demo``, or stands on a base of the demo, goes when the demo is removed.
     """
     actor = authorise(actor, "checkpoint.import")
@@ -40,6 +42,7 @@ def checkpoint_import(
     check_import_name(name)
     if base is not None and base.base_id is not None:
         raise Refused(_("'%(name)s' is itself a variant: choose a base model") % {"name": base.name})
+    size, weights = _import_bytes(root, folder, base)
     first = PlannedStep(
         name="import",
         kind="checkpoint.import",
@@ -49,7 +52,6 @@ def checkpoint_import(
         seed=unique_seed(),
     )
     spec = {"root": root, "folder": folder, "name": name, "licence": licence, "base": base.pk if base else None}
-    size, weights = _folder_bytes(os.path.join(settings.IMPORT_ROOTS[root], folder))
     fit = plain_preflight(import_estimate(size, weights), default_queue())
     with recorded(actor=actor, reason=f"import {root}/{folder} as {name}"):
         return job_order(
@@ -81,6 +83,30 @@ def _holds_model(folder: str) -> bool:
             return any(entry.name.endswith(MODEL_FILES) for entry in entries)
     except OSError:
         return True  # what cannot be looked at is better refused by an import, with its reason, than hidden
+
+
+def _import_bytes(root: str, folder: str, base: Checkpoint | None) -> tuple[int, int]:
+    """Bytes that the import will write, and of the weights among them. An adapter comes to a model like its base.
+
+    Refuses an adapter without a base. Only names and sizes are read.
+    """
+    path = os.path.join(settings.IMPORT_ROOTS[root], folder)
+    size, weights = _folder_bytes(path)
+    if not _holds_adapter(path):
+        return size, weights
+    if base is None:
+        raise Refused(
+            _("'%(folder)s' holds a PEFT adapter, which is no model by itself: choose the base that it was trained on")
+            % {"folder": folder}
+        )
+    return size + base.size_bytes, weights + int(base.manifest.get("weight_bytes", base.size_bytes))
+
+
+def _holds_adapter(path: str) -> bool:
+    try:
+        return is_adapter(os.listdir(path))
+    except OSError:
+        return False  # the import says what is wrong with it
 
 
 def _folder_bytes(path: str) -> tuple[int, int]:

@@ -10,22 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from compression_worker.architecture import describe, parsed
+from compression_worker.architecture import Architecture, describe, parsed
 from compression_worker.contracts import CompressionError
 from compression_worker.distillation import Adam, Batch, Windows, distill, logit_loss, padded, scheduled
 from compression_worker.methods.bitdelta.coding import Coding
-from compression_worker.methods.bitdelta.student import Matrix, SignedLinear, Student
+from compression_worker.methods.bitdelta.matrices import Matrix, SignedLinear
+from compression_worker.methods.bitdelta.student import Student
+from tests.families import MIXTURES
+from tests.families import make_model as make_family_model
 from tests.tiny import tiny_config
 
 
 def make_student(*, true_scale: float = 0.02) -> tuple[Student, list[str]]:
     model, names, pairs = make_model(true_scale=true_scale)
-    return student_of(model, names, pairs), names
+    return student_of(model, names, pairs, describe(tiny_config())), names
 
 
-def student_of(model: Any, names: list[str], pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Student:
+def student_of(
+    model: Any, names: list[str], pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], architecture: Architecture
+) -> Student:
     matrices = {name: Matrix(pairs[name][0], pairs[name][1][None], Coding()) for name in names}
-    return Student(model, matrices, [1] * len(names), {})
+    return Student(model, matrices, [1] * len(names), {}, architecture)
 
 
 def make_model(
@@ -44,6 +49,57 @@ def make_model(
         signs = torch.where(torch.rand(full.shape) < 0.5, -1, 1).to(torch.int8)
         pairs[name] = full - true_scale * signs.to(dtype), signs
     return model, names, pairs
+
+
+def make_mixture(family: str) -> tuple[Any, list[str], dict[str, tuple[torch.Tensor, torch.Tensor]], Architecture]:
+    """A mixture of experts; base and signs of each linear, of each expert too, and what config.json says."""
+    model = make_family_model(family)
+    architecture = describe(model.config.to_dict())
+    weights = {name: model.get_parameter(architecture.memory.get(name, name)) for name in unstacked(architecture)}
+    for stack, slices in architecture.stacks.items():
+        flat = model.get_parameter(stack).flatten(0, 1)
+        weights |= {one.name: flat[one.first : one.first + one.rows] for one in slices}
+    names = [linear.name for linear in architecture.linears()]
+    signs = {name: torch.where(torch.rand(weights[name].shape) < 0.5, -1, 1).to(torch.int8) for name in names}
+    pairs = {name: (weights[name].data - 0.02 * signs[name], signs[name]) for name in names}
+    return model, names, pairs, architecture
+
+
+def unstacked(architecture: Architecture) -> list[str]:
+    return [linear.name for linear in architecture.linears() if linear.name not in architecture.stacked()]
+
+
+def dense_weights(
+    architecture: Architecture, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], scales: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """``base + scale * sign`` under the names in memory, stacks put together row by row."""
+    merged = {name: base + scales[name] * signs for name, (base, signs) in pairs.items()}
+    weights = {architecture.memory.get(name, name): merged[name] for name in unstacked(architecture)}
+    for stack, slices in architecture.stacks.items():
+        ordered = sorted(slices, key=lambda one: one.first)
+        experts = 4
+        flat = torch.cat([merged[one.name] for one in ordered])
+        weights[stack] = flat.view(experts, -1, flat.shape[1])
+    return weights
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_each_expert_has_a_scale_whose_gradient_agrees_with_a_dense_model(family: str) -> None:
+    torch.manual_seed(4)
+    dense, names, pairs, architecture = make_mixture(family)
+    student = student_of(copy.deepcopy(dense), names, pairs, architecture)
+    scales = torch.full((len(names),), 0.03, requires_grad=True)
+    batch = padded([[*range(5, 60)], [1, 2, 3]])
+    weights = dense_weights(architecture, pairs, dict(zip(names, scales.unbind(), strict=True)))
+    logits = torch.func.functional_call(dense, weights, (batch.tokens,), {"use_cache": False}).logits
+    teacher = dense(batch.tokens, use_cache=False).logits.detach()
+    torch.testing.assert_close(student.teacher_logits(batch.tokens), teacher)
+    loss = (logits - teacher)[batch.real].square().mean()
+    (expected,) = torch.autograd.grad(loss, scales)
+    (gradient,) = torch.autograd.grad(student.loss(scales, batch), scales)
+    experts = torch.tensor([name in architecture.stacked() for name in names])
+    assert bool((expected[experts].abs() > 1e-6).all())
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_gradients_agree_with_a_dense_double_precision_reference() -> None:
@@ -73,7 +129,7 @@ def test_gradients_agree_with_finite_differences() -> None:
 
 def test_the_gradient_of_every_scale_of_a_model_agrees_with_a_dense_model_in_double() -> None:
     dense, names, pairs = make_model(dtype=torch.float64)
-    student = student_of(copy.deepcopy(dense), names, pairs)
+    student = student_of(copy.deepcopy(dense), names, pairs, describe(tiny_config()))
     scales = torch.full((len(names),), 0.03, dtype=torch.float64, requires_grad=True)
     batch = padded([[5, 6, 7, 8, 9], [1, 2, 3]])
     weights = {name: pairs[name][0] + scale * pairs[name][1] for name, scale in zip(names, scales, strict=True)}

@@ -15,6 +15,7 @@ import pytest
 
 from compression_worker.__main__ import main
 from compression_worker.catalog import METHODS
+from tests.peft_adapters import make_adapter
 from tests.tiny import make_tiny_pair
 
 PROJECT = Path(__file__).parents[2]
@@ -103,6 +104,26 @@ def test_compress_answers_as_inspect_does(made: Path, capsys: pytest.CaptureFixt
     check_shape(found, INSPECT)
     assert documented("compress") == INSPECT.keys()
     assert json.loads((tmp_path / "out" / "manifest.json").read_bytes())["seed"] == 3
+
+
+def test_a_peft_adapter_is_compressed_as_the_variant_that_it_makes(
+    made: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    make_adapter(made / "base", tmp_path / "adapter", target_modules="all-linear")
+    capsys.readouterr()
+    flags = ["--base", made / "base", "--out", tmp_path / "out", "--set", "distill_steps=0"]
+    found = answer(capsys, "compress", "bitdelta", *flags, "--model", tmp_path / "adapter")
+    check_shape(found, INSPECT)
+    assert found["source_bytes"] == (made / "base" / "model.safetensors").stat().st_size
+    status, _, _ = run(capsys, "restore", tmp_path / "out", "--base", made / "base", "--out", tmp_path / "model")
+    assert status == 0
+    assert (tmp_path / "model" / "config.json").read_bytes() == (made / "base" / "config.json").read_bytes()
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    flags[3] = tmp_path / "again"
+    status, out, err = run(capsys, "compress", "bitdelta", *flags, "--model", tmp_path / "adapter")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"error: '{tmp_path / 'adapter'}': the folder has 'adapter_config.json' and no ")
+    assert not list(tmp_path.glob(".deltaworks-*"))
 
 
 def test_verify_has_the_documented_shape(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,28 +8,36 @@ measured on calibration text, so that the figure reached is a measured one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from compression_worker.architecture import Linear
+from compression_worker.architecture import Linear, describe
 from compression_worker.checkpoints import load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.deltas.budget import Choice, Option, cheapest, cost, loss, moves, within
 from compression_worker.deltas.calibration import calibration_windows
 from compression_worker.deltas.kept import BY_ROW
-from compression_worker.deltas.moments import Moments, moments_file, read_moments
+from compression_worker.deltas.moments import (
+    Moments,
+    Samples,
+    moments_file,
+    read_moments,
+    read_samples_of,
+    samples_file,
+)
 from compression_worker.deltas.pair import open_pair, opened, whole_delta
 from compression_worker.deltas.rows import CODINGS, rows_losses
-from compression_worker.deltas.sensitivity import BATCH, WINDOWS, sense
+from compression_worker.deltas.sensitivity import BATCH, LENGTH, WINDOWS, sense
 from compression_worker.distillation import Batch
 from compression_worker.methods.bitdelta.coding import Coding, encode
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.methods.bitdelta.foretell import foretold_bytes
 from compression_worker.methods.bitdelta.options import OPTIONS, fitted
 from compression_worker.methods.bitdelta.trial import Trial
-from compression_worker.tensors import ITEM_SIZES, TensorFile, TensorFiles, write_file
+from compression_worker.tensors import ITEM_SIZES, Spec, TensorFile, TensorFiles, write_file
 
 TOLERANCE = 0.02
 """How near a target counts as met."""
@@ -38,35 +46,51 @@ SEARCHES = 24
 
 
 def sense_step(context: StepContext) -> StepOutput:
-    """What errors of each linear, of the embeddings and of the head cost, from one pass over calibration text."""
-    params = context.spec.params
+    """What errors of each linear, of the embeddings and of the head cost, from one pass over calibration text.
+
+    Its blobs: ``moments`` of everything, and the samples of each block as ``block-<number>``.
+    """
+    blocks = context.spec.params["blocks"]
     with opened(context, "variant") as variant:
-        length = params["sequence_length"]
-        windows = calibration_windows(context, variant, length=length, needed=WINDOWS)
+        windows = calibration_windows(context, variant, length=LENGTH, needed=WINDOWS)
         model = load_model(variant, device=context.device, dtype=torch.float32)
         batches = (_on(windows.batch(at, BATCH), context.device) for at in range(WINDOWS // BATCH))
-        moments = sense(
-            model, params["linears"], batches, lambda done: context.progress(done, WINDOWS // BATCH, "batches")
-        )
-    with context.store.writer() as blob:
-        write_file(blob, moments_file(moments))
-    return StepOutput(blobs={"moments": blob.digest}, data={"windows": WINDOWS, "length": length})
+        memory = describe(variant.manifest["config"]).renamed_for(variant.manifest["tensors"]).memory
+        sensed = sense(model, [name for block in blocks for name in block], batches, _watching(context), memory)
+    blobs = {"moments": _written(context, moments_file(sensed.moments))}
+    for number, block in enumerate(blocks):
+        own = {name: sensed.samples[name] for name in block}
+        blobs[f"block-{number}"] = _written(context, samples_file(own))
+    return StepOutput(blobs=blobs, data={"windows": WINDOWS, "length": LENGTH, "tokens": sensed.tokens})
 
 
 def measure_step(context: StepContext) -> StepOutput:
     """Bytes and loss of every option of every matrix of a block; of embeddings and head where ``linears`` is empty."""
-    params = context.spec.params
-    linears = [Linear(**linear) for linear in params["linears"]]
-    (digest,) = context.input("sensitivity").blobs.values()
-    context.store.verify(digest)
-    with TensorFile(context.store.path(digest)) as seen, open_pair(context, []) as (base, variant):
+    linears = [Linear(**linear) for linear in context.spec.params["linears"]]
+    sensed = context.input("sensitivity")
+    with contextlib.ExitStack() as stack:
+        seen = stack.enter_context(_blob(context, sensed.blobs["moments"]))
+        base, variant = stack.enter_context(open_pair(context, []))
         if not linears:
             return StepOutput(data={"rows": _measured_rows(context, seen, base, variant)})
+        drawn = stack.enter_context(_blob(context, sensed.blobs[f"block-{linears[0].block}"]))
         options: dict[str, list[list[float]]] = {}
         for linear in linears:
-            options[linear.name] = _measured(linear, read_moments(seen, linear.name), base, variant)
+            samples = read_samples_of(drawn, linear.name, sensed.data["tokens"])
+            options[linear.name] = _measured(linear, read_moments(seen, linear.name), samples, base, variant)
             context.progress(len(options), len(linears), "matrices")
     return StepOutput(data={"linears": options})
+
+
+def _blob(context: StepContext, digest: str) -> TensorFile:
+    context.store.verify(digest)
+    return TensorFile(context.store.path(digest))
+
+
+def _written(context: StepContext, tensors: Mapping[str, tuple[Spec, list[memoryview]]]) -> str:
+    with context.store.writer() as blob:
+        write_file(blob, tensors)
+    return blob.digest
 
 
 def choose_step(context: StepContext) -> StepOutput:
@@ -89,13 +113,15 @@ def choose_step(context: StepContext) -> StepOutput:
     return StepOutput(data={"codings": codings, "rows": chosen_rows, "target": target})
 
 
-def _measured(linear: Linear, moments: Moments | None, base: TensorFiles, variant: TensorFiles) -> list[list[float]]:
+def _measured(
+    linear: Linear, moments: Moments | None, samples: Samples, base: TensorFiles, variant: TensorFiles
+) -> list[list[float]]:
     delta = whole_delta(linear, base, variant)
     found = []
     for at in range(len(OPTIONS)):
         coding = fitted(linear, at)
-        coded = encode(delta, coding, moments.inputs if moments else None, moments.outputs if moments else None)
-        found.append([sum(coding.sizes(linear.outputs, linear.inputs).values()), coded.loss / 2])
+        coded = encode(delta, coding, moments.inputs if moments else None, samples.cost)
+        found.append([sum(coding.sizes(linear.outputs, linear.inputs).values()), coded.loss])
     return found
 
 
@@ -110,9 +136,9 @@ def _measured_rows(
         mine, other = theirs.get(name), ours.get(name)
         if part not in BY_ROW or not mine or not other or mine["sha256"] == other["sha256"]:
             continue
-        if mine["shape"][1:] != other["shape"][1:]:
-            continue
         moments = [one for key in (name, f"{name}#head") if (one := read_moments(seen, key))]
+        if mine["shape"][1:] != other["shape"][1:] or not moments:
+            continue
         raw = [mine["shape"][0] * mine["shape"][1] * ITEM_SIZES[mine["dtype"]], 0.0]
         coded = rows_losses(CODINGS[1:], base.file(name), variant.file(name), name, moments)
         found[name] = [raw, *([size, lost / 2] for size, lost in coded)]
@@ -267,6 +293,10 @@ def _words(codings: Mapping[str, Json], rows: Mapping[str, str], target: Json) -
     tail = "; ".join(f"{name}: {coding}" for name, coding in rows.items())
     reached = target.get("reached", target.get("expected"))
     return f"{shown}{'; ' + tail if tail else ''}; target {reached}"
+
+
+def _watching(context: StepContext) -> Callable[[int], None]:
+    return lambda done: context.progress(done, WINDOWS // BATCH, "batches")
 
 
 def _on(batch: Batch, device: str) -> Batch:

@@ -9,6 +9,7 @@ before the masks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -71,7 +72,7 @@ class Coding:
 class Coded:
     """``packed (masks, ceil(K/32), N)`` int32, fp32 ``scales (masks, values)``, bf16 ``left (N, r)``, ``right (r, K)``.
 
-    ``error`` and ``energy`` are ``|D - D_hat|^2`` and ``|D|^2``; ``loss`` is the error under the weights given.
+    ``error`` and ``energy`` are ``|D - D_hat|^2`` and ``|D|^2``; ``loss`` is what the error costs, where it was asked.
     """
 
     packed: torch.Tensor
@@ -84,9 +85,12 @@ class Coded:
 
 
 def encode(
-    delta: torch.Tensor, coding: Coding, inputs_energy: torch.Tensor | None, outputs_energy: torch.Tensor | None
+    delta: torch.Tensor,
+    coding: Coding,
+    inputs_energy: torch.Tensor | None,
+    cost: Callable[[torch.Tensor], float] | None = None,
 ) -> Coded:
-    """Code ``delta (N, K)`` fp32; ``inputs_energy (K)`` weights columns, ``outputs_energy (N)`` only the loss."""
+    """Code ``delta (N, K)`` fp32; ``inputs_energy (K)`` weights columns, ``cost`` says what an error ``(N, K)`` costs."""
     outputs, inputs = delta.shape
     weights = _usable(inputs_energy)
     left, right = _low_rank(delta, coding.rank, weights)
@@ -98,12 +102,8 @@ def encode(
         rest -= torch.where(bits, 1.0, -1.0).mul_(expand(scale, coding, outputs, inputs))
         packed.append(pack_bits(bits))
         scales.append(scale)
-    squares = rest.square_()
-    error = float(squares.sum(dtype=torch.float64))
-    if weights is not None:
-        squares *= weights
-    if outputs_energy is not None:
-        squares *= outputs_energy[:, None]
+    loss = cost(rest) if cost else 0.0
+    error = float(rest.square_().sum(dtype=torch.float64))
     return Coded(
         packed=torch.stack(packed) if packed else torch.zeros((0, words_for(inputs), outputs), dtype=torch.int32),
         scales=torch.stack(scales) if scales else torch.zeros((0, coding.values(outputs, inputs))),
@@ -111,7 +111,7 @@ def encode(
         right=right,
         error=error,
         energy=float(delta.square().sum(dtype=torch.float64)),
-        loss=float(squares.sum(dtype=torch.float64)),
+        loss=loss,
     )
 
 

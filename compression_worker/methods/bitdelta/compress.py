@@ -72,6 +72,12 @@ def plan_step(context: StepContext) -> StepOutput:
         )
     base, variant = (opened(context, name) for name in ("base", "variant"))
     architecture = check_pair(base, variant, context)
+    if config.senses and (experts := sorted(architecture.stacked())):
+        raise CompressionError(
+            "no_inputs",
+            f"the inputs of '{experts[0]}' cannot be seen, because the model computes its experts together: set "
+            "scale_fit to mean and no target",
+        )
     pair = {name: inputs[name] for name in ("base", "variant")}
     calibration = {"calibration": inputs["calibration"]} if "calibration" in inputs else {}
     steps = _choosing_steps(config, architecture, pair, calibration, context.spec.seed)
@@ -194,7 +200,7 @@ def _choosing_steps(
             name="sensitivity",
             kind="bitdelta.sense",
             group="choose",
-            params={"linears": [linear["name"] for linear in linears], "sequence_length": config.sequence_length},
+            params={"blocks": [[linear.name for linear in block] for block in architecture.blocks]},
             inputs={"variant": pair["variant"], **calibration},
             seed=seed,
         )
@@ -295,7 +301,7 @@ def _codings(context: StepContext, linears: list[Linear]) -> list[Coding]:
 def _inputs_energy(context: StepContext, linears: list[Linear]) -> list[Moments | None]:
     if "sensitivity" not in context.spec.inputs:
         return [None] * len(linears)
-    (digest,) = context.input("sensitivity").blobs.values()
+    digest = context.input("sensitivity").blobs["moments"]
     context.store.verify(digest)
     with TensorFile(context.store.path(digest)) as file:
         return [read_moments(file, linear.name) for linear in linears]
@@ -320,7 +326,7 @@ def _code(
         energy = made.sum_squares  # type: ignore[union-attr]
     else:
         delta = whole_delta(linear, base, variant)
-        made = encode(delta, coding, moments.inputs if moments else None, None)
+        made = encode(delta, coding, moments.inputs if moments else None)
         energy = made.energy
     # A sum of finite numbers is finite here unless one of them is not.
     if not torch.tensor(energy).isfinite():

@@ -20,8 +20,8 @@ HIDDEN_KEPT, INNER_KEPT, LOGITS_KEPT = 12, 5, 5
 """Float32 vectors that the backward pass keeps for a token: of the hidden and the inner width in each layer, and of the
 vocabulary once (teacher, student, their difference, its gradient and a copy)."""
 STATE_VECTORS = 3
-SENSED_WINDOWS, TRIALS = 16, 24
-"""Windows that :mod:`.choose` looks at, and models that a target divergence costs about."""
+SENSED_TOKENS, TRIALS = 768, 24
+"""Tokens that :mod:`.choose` looks at, and models that a target divergence costs about."""
 STEP_DOCUMENT = 4_000
 FINE = 2
 ROW_BYTES = {"sign": 1 / 8, "int4": 0.5, "int8": 1.0}
@@ -85,7 +85,7 @@ def layer_work(params: Json, sizes: Mapping[str, float]) -> float:
 
 def sense_work(params: Json, sizes: Mapping[str, float]) -> float:
     """Tokens looked at, forward and backward, times the parameters that each passes."""
-    return float(SENSED_WINDOWS * params["sequence_length"] * sizes["parameters"])
+    return float(SENSED_TOKENS * sizes["parameters"])
 
 
 def measure_work(params: Json, sizes: Mapping[str, float]) -> float:
@@ -211,7 +211,7 @@ def _choosing(
 ) -> Iterator[StepLoad]:
     """What has to be known first: the variant with one backward pass, every option of every matrix, the choice."""
     whole = FLOAT * model.parameters + _kept(shapes, replace(config, batch_size=2))
-    tokens = SENSED_WINDOWS * config.sequence_length
+    tokens = SENSED_TOKENS
     yield StepLoad(
         kind="bitdelta.sense",
         count=1,

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from compression_worker.architecture import describe
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json
-from compression_worker.deltas.loading import dense_model, module_path, pack_modules
+from compression_worker.deltas.loading import dense_model, pack_modules
 from compression_worker.deltas.merged import Merged, own_files
 from compression_worker.methods.bitdelta.coding import Coding, decode
 from compression_worker.methods.bitdelta.layout import (
@@ -25,8 +26,6 @@ from compression_worker.methods.bitdelta.layout import (
 from compression_worker.tensors import TensorFile
 from kernels.packing import WORD_BITS, unpack_signs, words_for
 from kernels.registry import choose
-
-__all__ = ["MergedSigns", "PackedLinear", "load_model", "module_path"]
 
 TILE_ELEMENTS = 1 << 20
 
@@ -139,8 +138,8 @@ def load_model(
     """
     keep_packed = device.startswith("cuda") if packed is None else packed
     with MergedSigns(base, artifact) as merged:
-        kept = [name for name, entry in merged.table.items() if keep_packed and _stays_packed(entry)]
-        model = dense_model(merged, dtype, set(kept).__contains__)
+        kept = _packable(artifact) if keep_packed else {}
+        model = dense_model(merged, dtype, kept.__contains__)
         model.to(device)
 
         def module(name: str, linear: Any) -> PackedLinear:
@@ -152,5 +151,13 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def _stays_packed(entry: Json) -> bool:
-    return entry["kind"] == "sign" and not entry.get("transposed") and coding_of(entry).plain
+def _packable(artifact: Artifact) -> dict[str, str]:
+    """The linears of the published coding that are a module of their own, by the name of the weight in memory.
+
+    A weight that is stored the other way round and the experts of a mixture, which are one stack in memory, are merged.
+    """
+    table = artifact.manifest["tensors"]
+    architecture = describe(artifact.config).renamed_for(table)
+    coded = {name for name, entry in table.items() if entry["kind"] == "sign" and not entry.get("transposed")}
+    plain = {name for name in coded - architecture.stacked() if coding_of(table[name]).plain}
+    return {name: architecture.memory.get(name, name) for name in sorted(plain)}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from compression_worker.architecture import describe
 from compression_worker.checkpoints import Checkpoint, load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.deltas.calibration import calibration_windows
@@ -21,7 +22,8 @@ from compression_worker.deltas.table import ROWS_FILE, six_digits
 from compression_worker.distillation import Adam, Batch, Windows, distill, scheduled
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.methods.bitdelta.finish import coding_of, initial_scales, values_of
-from compression_worker.methods.bitdelta.student import Matrix, Student
+from compression_worker.methods.bitdelta.matrices import Matrix
+from compression_worker.methods.bitdelta.student import Student
 from compression_worker.tensors import Spec, TensorFile, TensorFiles, checkpoint_files, raw_bytes, write_file
 from kernels.packing import unpack_signs
 
@@ -137,7 +139,8 @@ def _student(
         matrices = _matrices(context, files, lines, layers)
         rows = _coded_rows(context, files)
     model: Any = load_model(variant, device=context.device, dtype=torch.float32)
-    return Student(model, matrices, [values_of(line) for line in lines.values()], rows)
+    architecture = describe(variant.manifest["config"]).renamed_for(variant.manifest["tensors"])
+    return Student(model, matrices, [values_of(line) for line in lines.values()], rows, architecture)
 
 
 def _matrices(

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from compression_worker.architecture import Linear
+from compression_worker.architecture import Linear, describe
 from compression_worker.checkpoints import load_model
 from compression_worker.contracts import StepContext
 from compression_worker.deltas.budget import Choice
@@ -40,8 +40,10 @@ class Trial:
         self._model: Any = load_model(variant, device=context.device, dtype=torch.float32)
         self._model.requires_grad_(False)
         modules = dict(self._model.named_modules())
+        own = describe(variant.manifest["config"]).renamed_for(variant.manifest["tensors"]).memory
         self._owners = {
-            name: modules[module_path(name, modules, self._model.base_model_prefix)] for name in [*linears, *rows]
+            name: modules[module_path(own.get(name, name), modules, self._model.base_model_prefix)]
+            for name in [*linears, *rows]
         }
         self._teacher = [self._logits(batch).log_softmax(-1) for batch in self._batches]
         self._now: Choice = {}
@@ -49,7 +51,7 @@ class Trial:
     def __enter__(self) -> Self:
         self._pair = open_pair(self._context, [])
         self._base, self._variant = self._pair.__enter__()
-        (digest,) = self._context.input("sensitivity").blobs.values()
+        digest = self._context.input("sensitivity").blobs["moments"]
         self._seen = TensorFile(self._context.store.path(digest))
         return self
 
@@ -89,9 +91,7 @@ class Trial:
     def _merged(self, linear: Linear, at: int) -> torch.Tensor:
         coding = fitted(linear, at)
         moments = read_moments(self._seen, linear.name)
-        coded = encode(
-            whole_delta(linear, self._base, self._variant), coding, moments.inputs if moments else None, None
-        )
+        coded = encode(whole_delta(linear, self._base, self._variant), coding, moments.inputs if moments else None)
         delta = decode(coded.packed, coded.scales, coded.left, coded.right, coding, linear.inputs)
         base = self._base.file(linear.name).tensor(linear.name).to(torch.float32)
         return base + (delta.T if linear.transposed else delta)

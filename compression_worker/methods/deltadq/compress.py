@@ -155,7 +155,9 @@ def open_merged(base: Checkpoint, artifact: Artifact) -> MergedSparse:
 def _search_steps(
     config: DeltaDQConfig, architecture: Architecture, inputs: dict[str, str], seed: int
 ) -> list[PlannedStep]:
-    first = next(block for block in architecture.blocks if block)
+    # Experts of a mixture are computed together, so that what goes into each cannot be seen.
+    hidden = architecture.stacked()
+    first = [one for one in next(block for block in architecture.blocks if block) if one.name not in hidden]
     return [
         PlannedStep(
             name="group size",

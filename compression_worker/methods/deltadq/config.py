@@ -124,6 +124,11 @@ class DeltaDQConfig:
         return 16 * self.alpha / self.left_bits
 
     @property
+    def calibrates(self) -> bool:
+        """Whether a calibration text is needed."""
+        return self.searches
+
+    @property
     def searches(self) -> bool:
         """Whether the group size is chosen on calibration text."""
         return self.group_size is None

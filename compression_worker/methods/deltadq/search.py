@@ -9,12 +9,12 @@ the layer's own inputs and weights without rotation; query heads meet the key he
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from compression_worker.architecture import Linear
+from compression_worker.architecture import Linear, describe
 from compression_worker.checkpoints import load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.deltas.calibration import calibration_windows
@@ -36,8 +36,9 @@ def search_step(context: StepContext) -> StepOutput:
     variant = opened(context, "variant")
     windows = calibration_windows(context, variant, length=LENGTH, needed=WINDOWS)
     model = load_model(variant, device=context.device, dtype=torch.float32)
-    seen = _inputs(model, linears, [windows.batch(at, 1).tokens.to(context.device) for at in range(WINDOWS)])
-    error, criterion = _criterion(config, model, linears, seen, context)
+    own = describe(variant.manifest["config"]).renamed_for(variant.manifest["tensors"]).memory
+    seen = _inputs(model, linears, [windows.batch(at, 1).tokens.to(context.device) for at in range(WINDOWS)], own)
+    error, criterion = _criterion(config, model, linears, seen, context, own)
     sizes = candidates(config.alpha, max(linear.inputs for linear in linears))
     errors: dict[int, float] = {}
     for size in sizes:
@@ -69,12 +70,17 @@ Error = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], float]
 
 
 def _criterion(
-    config: DeltaDQConfig, model: Any, linears: list[Linear], seen: dict[str, torch.Tensor], context: StepContext
+    config: DeltaDQConfig,
+    model: Any,
+    linears: list[Linear],
+    seen: dict[str, torch.Tensor],
+    context: StepContext,
+    own: Mapping[str, str],
 ) -> tuple[Error, str]:
     query, key = (next((one for one in linears if one.name.endswith(f"{side}_proj.weight")), None) for side in "qk")
     if config.group_size_by == "attention_error" and query and key:
         width = _head_width(model, key)
-        return _attention_error(query, key, width, seen, _full_weights(model, (query, key))), "attention_error"
+        return _attention_error(query, key, width, seen, _full_weights(model, (query, key), own)), "attention_error"
     if config.group_size_by == "attention_error":
         context.log(
             "the first block has no query and key projections of their own: its output error is used", "warning"
@@ -123,13 +129,15 @@ def _hat(linear: Linear, index: int, delta: torch.Tensor, config: DeltaDQConfig,
     return torch.cat(list(delta_tiles(made.codes, made.grid, dropout, linear.inputs)))
 
 
-def _inputs(model: Any, linears: list[Linear], windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _inputs(
+    model: Any, linears: list[Linear], windows: list[torch.Tensor], own: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
     """What goes into each linear, fp32 ``(windows, T, K)`` on the CPU."""
     modules = dict(model.named_modules())
     found: dict[str, list[torch.Tensor]] = {linear.name: [] for linear in linears}
     with contextlib.ExitStack() as stack:
         for linear in linears:
-            module = modules.get(module_path(linear.name, modules, model.base_model_prefix))
+            module = modules.get(module_path(own.get(linear.name, linear.name), modules, model.base_model_prefix))
             if module is None:
                 raise CompressionError(
                     "no_inputs",
@@ -160,9 +168,11 @@ def _hook(module: Any, found: list[torch.Tensor]) -> Iterator[None]:
         handle.remove()
 
 
-def _full_weights(model: Any, linears: tuple[Linear, ...]) -> dict[str, torch.Tensor]:
+def _full_weights(model: Any, linears: tuple[Linear, ...], own: Mapping[str, str]) -> dict[str, torch.Tensor]:
     modules = dict(model.named_modules())
-    owners = {one.name: modules[module_path(one.name, modules, model.base_model_prefix)] for one in linears}
+    owners = {
+        one.name: modules[module_path(own.get(one.name, one.name), modules, model.base_model_prefix)] for one in linears
+    }
     return {name: owner.weight.detach().cpu().to(torch.float32) for name, owner in owners.items()}
 
 

@@ -13,6 +13,7 @@ from compression_worker.evaluation.command import evaluate, table
 from compression_worker.evaluation.config import EvaluationConfig
 from compression_worker.runner import run_plan
 from compression_worker.store import Store
+from tests.peft_adapters import make_adapter
 from tests.tiny import make_tiny_pair
 
 CONFIG = EvaluationConfig(window_tokens=64, max_windows=8, bootstrap_resamples=300)
@@ -61,6 +62,17 @@ def test_an_artifact_is_measured_against_its_variant(folders: dict[str, Path]) -
         "higher_is_better",
         "samples",
     }
+
+
+def test_an_adapter_is_measured_with_its_base(folders: dict[str, Path]) -> None:
+    folder = folders["base"].with_name("adapter")
+    make_adapter(folders["base"], folder, target_modules=["q_proj", "v_proj"])
+    paths = folders | {"adapter": folder}
+    metrics = measured(paths, "adapter", base="base", reference="base")
+    assert metrics["kl_divergence"].value > 0
+    assert measured(paths, "base", base="base", reference="adapter")["top1_agreement"].value < 1
+    with pytest.raises(CompressionError, match="name the base that it was trained on"):
+        measured(paths, "adapter")
 
 
 def test_a_checkpoint_against_itself_is_equal(folders: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@ from compression_worker.launcher import Launcher, child_command
 from compression_worker.store import Store
 from dashboard.execution import Execution
 from dashboard.lifecycle import ArtifactState, JobState, Refused, Role
-from dashboard.models import Checkpoint
+from dashboard.models import Checkpoint, Job
 from dashboard.services.jobs import job_retry
 from dashboard.services.registry import (
     artifact_mark_corrupt,
@@ -25,6 +25,8 @@ from dashboard.services.registry import (
 )
 from dashboard.services.releases import deployment_create, deployment_full_precision
 from tests.dashboard.world import approved, artifact, checkpoint, digest, environment, pair, person
+from tests.families import make_family_pair
+from tests.peft_adapters import make_adapter
 from tests.tiny import make_tiny_pair
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -75,6 +77,47 @@ def test_a_base_and_its_variant_are_imported_by_a_real_child(real_worker: Execut
     variant = Checkpoint.objects.get(name="tiny")
     assert (variant.base, variant.differences) == (base, [])
     assert variant.fingerprint != base.fingerprint
+
+
+def test_an_adapter_becomes_a_whole_variant_of_the_base_that_was_chosen(
+    real_worker: Execution, roots: Path, tmp_path: Path
+) -> None:
+    engineer = person(Role.ENGINEER)
+    checkpoint_import(actor=engineer, root="models", folder="base", name="tiny-base")
+    real_worker.run_all()
+    base = Checkpoint.objects.get(name="tiny-base")
+    make_adapter(roots / "base", roots / "tuned", target_modules=["q_proj", "v_proj"])
+    job = checkpoint_import(actor=engineer, root="models", folder="tuned", name="tuned", base=base)
+    assert job.estimate["source_bytes"] > base.size_bytes, "the whole variant is written, not the adapter alone"
+    real_worker.run_all()
+    variant = Checkpoint.objects.get(name="tuned")
+    assert (variant.base, variant.differences, variant.parameters) == (base, [], base.parameters)
+    assert variant.manifest["source"]["kind"] == "adapter"
+    assert variant.fingerprint != base.fingerprint
+    assert Store(tmp_path / "store").has(variant.digest)
+
+
+def test_an_adapter_without_a_base_is_refused_before_it_is_queued(roots: Path) -> None:
+    (roots / "tuned").mkdir()
+    (roots / "tuned" / "adapter_config.json").write_text("{}")
+    assert "tuned" in import_folders()["models"]
+    with pytest.raises(Refused, match="PEFT adapter, which is no model by itself"):
+        checkpoint_import(actor=person(Role.ENGINEER), root="models", folder="tuned", name="tuned")
+    assert not Job.objects.exists()
+
+
+def test_an_adapter_for_another_base_fails_the_job_with_what_to_do(real_worker: Execution, roots: Path) -> None:
+    engineer = person(Role.ENGINEER)
+    checkpoint_import(actor=engineer, root="models", folder="base", name="tiny-base")
+    real_worker.run_all()
+    other, _ = make_family_pair(roots.parent / "other", "mistral")
+    make_adapter(other, roots / "tuned", target_modules=["gate_proj"])
+    base = Checkpoint.objects.get(name="tiny-base")
+    job = checkpoint_import(actor=engineer, root="models", folder="tuned", name="tuned", base=base)
+    real_worker.run_all()
+    job.refresh_from_db()
+    assert job.state == JobState.FAILED
+    assert "choose the base that the adapter was trained on" in job.error
 
 
 def test_a_folder_that_is_no_checkpoint_fails_the_job_with_its_message(real_worker: Execution, roots: Path) -> None:

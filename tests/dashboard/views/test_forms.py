@@ -55,6 +55,33 @@ def test_a_taken_name_is_refused_on_the_form(
     assert b"already a checkpoint named" in response.content  # type: ignore[attr-defined]
 
 
+def test_an_adapter_without_a_base_is_refused_on_the_form(client_as: Callable[[Role], Client], folder: str) -> None:
+    root = Path(settings.IMPORT_ROOTS["imports"])
+    (root / "tuned").mkdir()
+    (root / "tuned" / "adapter_config.json").touch()
+    response = post(client_as(Role.ENGINEER), "checkpoint-import", folder="imports/tuned", name="tuned")
+    assert response.status_code == 422  # type: ignore[attr-defined]
+    assert b"choose the base that it was trained on" in response.content  # type: ignore[attr-defined]
+    assert not Job.objects.exists()
+
+
+def test_a_variant_that_came_from_an_adapter_says_so(
+    world: SimpleNamespace, client_as: Callable[[Role], Client]
+) -> None:
+    variant = world.variant
+    page = reverse("checkpoint-detail", args=[variant.name])
+    assert b"PEFT adapter" not in client_as(Role.VIEWER).get(page).content
+    files = {"adapter_config.json": "ab" * 32, "adapter_model.safetensors": "cd" * 32}
+    source = {"kind": "adapter", "base": world.base.fingerprint, "changed_tensors": 8, "files": files}
+    variant.manifest = variant.manifest | {"source": source}
+    variant.save(update_fields=["manifest"])
+    for url in (page, reverse("checkpoint-list")):
+        assert b"from a PEFT adapter" in client_as(Role.VIEWER).get(url).content
+    detail = client_as(Role.VIEWER).get(page).content
+    assert b"8 tensors changed" in detail
+    assert b"adapter_model.safetensors" in detail
+
+
 JOB = {
     "distill_steps": 0,
     "batch_size": 4,

@@ -1,0 +1,261 @@
+"""What every method of the catalog keeps, over every family: compress, verify, restore, load, and refuse.
+
+A new method adds its line to :data:`SETTINGS`; without one it runs with its defaults.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compression_worker import artifact as artifacts
+from compression_worker.architecture import describe
+from compression_worker.artifact import Artifact
+from compression_worker.catalog import METHODS
+from compression_worker.checkpoints import Checkpoint, attach_folder, load_folder
+from compression_worker.contracts import CompressionError, Json, StepOutput, StepSpec
+from compression_worker.runner import Runner, run_plan
+from compression_worker.samples import TEXT, parse_samples
+from compression_worker.store import Store
+from tests.families import FAMILIES, edit_weights, make_family_pair
+
+SETTINGS: dict[str, tuple[Json, Json]] = {
+    "bitdelta": ({"distill_steps": 0}, {"distill_steps": 2, "batch_size": 2, "sequence_length": 32}),
+}
+"""Method -> its cheapest settings, and settings with a little training."""
+TRAINED_FAMILIES = ("llama", "qwen2", "phi3", "gpt2", "mixtral")
+TEXTS = b"".join(json.dumps({"text": f"Sentence {n}: the fox jumps over the dog."}).encode() + b"\n" for n in range(8))
+TOKENS = torch.arange(40, 60).view(1, 20)
+
+
+@dataclass
+class Pair:
+    """A pair on disk, and the store in which it is compressed."""
+
+    base_dir: Path
+    variant_dir: Path
+    store: Store
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        return {
+            "base": attach_folder(self.store, self.base_dir),
+            "variant": attach_folder(self.store, self.variant_dir),
+            "calibration": self.store.write_bytes(parse_samples(TEXTS, TEXT).data),
+        }
+
+    def plan(self, method: str, *, trained: bool = False) -> StepSpec:
+        config = SETTINGS.get(method, ({}, {}))[trained]
+        return StepSpec(kind=f"{method}.plan", params={"config": config}, inputs=self.inputs, seed=7)
+
+    def refused(self, method: str) -> CompressionError:
+        """How the plan is refused, before any matrix is read."""
+        with pytest.raises(CompressionError) as refused:
+            Runner(store=self.store, device="cpu").compute(self.plan(method), lambda event: None)
+        return refused.value
+
+    def compress(self, method: str, *, trained: bool = False) -> Compressed:
+        events: list[Json] = []
+        output = run_plan(self.store, self.plan(method, trained=trained), events.append, device="cpu")
+        return Compressed(self, output, [event["text"] for event in events if event["type"] == "log"])
+
+    def weights(self, side: str) -> dict[str, torch.Tensor]:
+        return load_file((self.base_dir if side == "base" else self.variant_dir) / "model.safetensors")
+
+
+@dataclass
+class Compressed:
+    """An artifact of a pair."""
+
+    pair: Pair
+    output: StepOutput
+    logs: list[str]
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        return Checkpoint.open(self.pair.store, self.pair.inputs["base"])
+
+    @cached_property
+    def artifact(self) -> Artifact:
+        return Artifact.open_store(self.pair.store, self.output.data["artifact"])
+
+    def folder(self, out: Path) -> Artifact:
+        artifacts.write_folder(out, self.pair.store, self.output.blobs)
+        return Artifact.open_folder(out)
+
+    def restored(self, out: Path) -> Path:
+        artifacts.restore(self.base, self.artifact, out, lambda done, total, unit: None)
+        return out
+
+    def load(self, dtype: torch.dtype | None = None, **more: Any) -> Any:
+        implementation = import_module(METHODS[self.artifact.manifest["method"]].implementation)
+        return implementation.load_model(self.base, self.artifact, "cpu", dtype, **more)
+
+
+@pytest.fixture(scope="module", name="shelf")
+def fixture_shelf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """The pair of a family, made once; what edits a pair makes one of its own with :func:`fresh`."""
+    made: dict[str, Pair] = {}
+
+    def pair(family: str) -> Pair:
+        if family not in made:
+            made[family] = fresh(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return pair
+
+
+def fresh(folder: Path, family: str = "llama", **more: Any) -> Pair:
+    return Pair(*make_family_pair(folder, family, **more), Store(folder / "store"))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(TOKENS, use_cache=False).logits
+    return found
+
+
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+@every_method
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pair_goes_through_and_comes_back(
+    shelf: Callable[[str], Pair], method: str, family: str, tmp_path: Path
+) -> None:
+    check(shelf(family).compress(method), tmp_path)
+
+
+@every_method
+@pytest.mark.parametrize("family", TRAINED_FAMILIES)
+def test_a_pair_goes_through_and_comes_back_after_a_little_training(
+    shelf: Callable[[str], Pair], method: str, family: str, tmp_path: Path
+) -> None:
+    check(shelf(family).compress(method, trained=True), tmp_path)
+
+
+def check(made: Compressed, out: Path) -> None:
+    pair, manifest = made.pair, made.artifact.manifest
+    assert made.folder(out / "artifact").problems() == []
+    sizes = {path.name: path.stat().st_size for path in (out / "artifact").iterdir()}
+    assert sum(part["bytes"] for part in made.artifact.parts) == sum(sizes.values())
+    assert made.artifact.summary()["artifact_bytes"] == sum(sizes.values())
+
+    variant = pair.weights("variant")
+    restored = load_file(made.restored(out / "model") / "model.safetensors")
+    assert restored.keys() == variant.keys()
+    assert {n: (t.shape, t.dtype) for n, t in restored.items()} == {n: (t.shape, t.dtype) for n, t in variant.items()}
+    for name in (name for name, tensor in variant.items() if tensor.ndim == 1):
+        assert torch.equal(restored[name], variant[name]), f"{name}: norms and biases are the variant's own"
+    coded = {line["name"] for line in manifest["figures"]["matrices"]}
+    assert coded >= {linear.name for linear in describe(made.artifact.config).linears()}, "every linear, every expert"
+    assert all(line["relative_error"] >= 0 for line in manifest["figures"]["matrices"])
+
+    model = load_folder(out / "model")
+    loaded = made.load()
+    assert torch.equal(logits(loaded), logits(model)), "the model in memory is the one that a restore writes"
+    full = logits(made.load(torch.float32))
+    assert full.isfinite().all()
+    if "packed" in inspect.signature(import_module(METHODS[manifest["method"]].implementation).load_model).parameters:
+        torch.testing.assert_close(logits(made.load(torch.float32, packed=True)), full, rtol=1e-4, atol=1e-4)
+
+
+@every_method
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("trained", [False, True], ids=["initial", "trained"])
+def test_the_same_seed_gives_the_same_bytes(
+    shelf: Callable[[str], Pair], method: str, family: str, trained: bool, tmp_path: Path
+) -> None:
+    again = fresh(tmp_path, family)
+    assert again.compress(method, trained=trained).output.blobs == (
+        shelf(family).compress(method, trained=trained).output.blobs
+    )
+
+
+@every_method
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_variant_equal_to_its_base_comes_back_exactly(
+    shelf: Callable[[str], Pair], method: str, family: str, tmp_path: Path
+) -> None:
+    pair = shelf(family)
+    same = Pair(pair.base_dir, pair.base_dir, pair.store).compress(method)
+    restored = load_file(same.restored(tmp_path / "model") / "model.safetensors")
+    for name, tensor in pair.weights("base").items():
+        assert torch.equal(restored[name], tensor), name
+    assert all(line["relative_error"] == 0 for line in same.artifact.manifest["figures"]["matrices"])
+
+
+@every_method
+def test_added_vocabulary_rows_are_kept_and_reported(method: str, tmp_path: Path) -> None:
+    pair = fresh(tmp_path)
+    rows = 0.1 * torch.randn((12, 64), generator=torch.Generator().manual_seed(3))
+    table = "model.embed_tokens.weight"
+    edit_weights(
+        pair.variant_dir, lambda state: state | {table: torch.cat([state[table], rows.to(state[table].dtype)])}
+    )
+    config = json.loads((pair.variant_dir / "config.json").read_text())
+    (pair.variant_dir / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 12}))
+    made = pair.compress(method)
+    assert any("288 to 300" in line for line in made.logs)
+    restored = load_file(made.restored(tmp_path / "model") / "model.safetensors")[table]
+    assert torch.equal(restored[288:], pair.weights("variant")[table][288:])
+    assert logits(load_folder(tmp_path / "model")).shape[-1] == 300
+
+
+@every_method
+def test_another_family_is_refused_by_the_plan(shelf: Callable[[str], Pair], method: str, tmp_path: Path) -> None:
+    pair = Pair(shelf("mistral").base_dir, shelf("llama").variant_dir, Store(tmp_path / "store"))
+    refused = pair.refused(method)
+    assert refused.code == "architecture_mismatch"
+    assert "Choose the base that the variant was tuned from" in refused.message
+
+
+@every_method
+def test_another_shape_is_refused_by_the_plan(shelf: Callable[[str], Pair], method: str, tmp_path: Path) -> None:
+    pair = Pair(shelf("odd").base_dir, shelf("llama-untied").variant_dir, Store(tmp_path / "store"))
+    refused = pair.refused(method)
+    assert refused.code == "shape_mismatch"
+    assert "model.layers.0." in refused.message
+
+
+@every_method
+def test_a_missing_expert_is_refused_by_the_plan(method: str, tmp_path: Path) -> None:
+    pair = fresh(tmp_path, "mixtral")
+    lost = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    edit_weights(pair.base_dir, lambda state: {name: tensor for name, tensor in state.items() if name != lost})
+    refused = pair.refused(method)
+    assert refused.code == "missing_tensor"
+    assert f"'{lost}' of transformer block 1 is missing in the base" in refused.message
+
+
+@every_method
+@pytest.mark.parametrize("side", ["base", "variant"])
+def test_a_matrix_of_nothing_but_nan_is_refused_before_it_is_compared(method: str, side: str, tmp_path: Path) -> None:
+    pair = fresh(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = pair.base_dir if side == "base" else pair.variant_dir
+    edit_weights(folder, lambda state: state | {name: torch.full_like(state[name], float("nan"))})
+    with pytest.raises(CompressionError, match=f"tensor '{name}' .* not finite") as refused:
+        pair.compress(method)
+    assert refused.value.code == "not_finite"
+
+
+@every_method
+def test_one_matrix_without_a_delta_is_handled_and_reported(method: str, tmp_path: Path) -> None:
+    pair = fresh(tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    same = pair.weights("base")[name]
+    edit_weights(pair.variant_dir, lambda state: state | {name: same})
+    made = pair.compress(method)
+    assert any(f"'{name}' is equal in base and variant" in line for line in made.logs)
+    assert torch.equal(load_file(made.restored(tmp_path / "model") / "model.safetensors")[name], same)
