@@ -109,6 +109,8 @@ TERMS: Mapping[str, Term] = {
 }
 
 GROUPS: Mapping[str, Words] = {
+    "choose": _("choice"),
+    "measure": _("measurement"),
     "layer": _("layer"),
     "rest": _("rest"),
     "distill": _("distillation"),
