@@ -34,7 +34,7 @@ from safetensors import safe_open
 from compression_worker.architecture import describe
 from compression_worker.artifact import write_folder
 from compression_worker.checkpoints import attach_folder
-from compression_worker.contracts import PlannedStep, StepOutput, StepSpec
+from compression_worker.contracts import Json, PlannedStep, StepOutput, StepSpec
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.methods.bitdelta.layout import predict
 from compression_worker.runner import Runner, prepare_torch, resolve_inputs
@@ -128,7 +128,8 @@ def time_extraction(folder: Path, rounds: int) -> Iterator[bool]:
     yield record("extraction / reading held", extracted / read, "ratio", READ_RATIO)
     yield record("extraction / reading passing", extracted / passed, "ratio", READ_RATIO)
     config = json.loads((folder / "variant" / "config.json").read_text())
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    # The vocabulary is the base's own and lies with it.
+    names = ("config.json", "tokenizer_config.json")
     side = {name: (folder / "variant" / name).stat().st_size for name in names}
     wanted = sum(part["bytes"] for part in predict(config, BitDeltaConfig(distill_steps=0), side_files=side))
     real = output.data["artifact_bytes"]
@@ -136,9 +137,11 @@ def time_extraction(folder: Path, rounds: int) -> Iterator[bool]:
     yield record("predicted / real bytes - 1", abs(wanted / real - 1), "ratio", PREDICTION)
 
 
-def planned(store: Store, folder: Path) -> tuple[Runner, tuple[PlannedStep, ...]]:
+def planned(
+    store: Store, folder: Path, method: str = "bitdelta", config: Json | None = None
+) -> tuple[Runner, tuple[PlannedStep, ...]]:
     inputs = {name: attach_folder(store, folder / name) for name in ("base", "variant")}
-    spec = StepSpec(kind="bitdelta.plan", params={"config": {"distill_steps": 0}}, inputs=inputs)
+    spec = StepSpec(kind=f"{method}.plan", params={"config": config or {"distill_steps": 0}}, inputs=inputs)
     runner = Runner(store=store, device="cpu")
     return runner, runner.compute(spec, lambda event: None)[1].steps
 
@@ -146,7 +149,8 @@ def planned(store: Store, folder: Path) -> tuple[Runner, tuple[PlannedStep, ...]
 def extract(runner: Runner, plan: tuple[PlannedStep, ...]) -> StepOutput:
     digests: list[str] = []
     for step in plan:
-        spec = StepSpec(kind=step.kind, params=step.params, inputs=resolve_inputs(step.inputs, digests))
+        inputs = resolve_inputs(step.inputs, digests)
+        spec = StepSpec(kind=step.kind, params=step.params, inputs=inputs, seed=step.seed)
         digest, output, _ = runner.compute(spec, lambda event: None)
         digests.append(digest)
     return output
