@@ -90,7 +90,7 @@ def encode(
     inputs_energy: torch.Tensor | None,
     cost: Callable[[torch.Tensor], float] | None = None,
 ) -> Coded:
-    """Code ``delta (N, K)`` fp32; ``inputs_energy (K)`` weights columns, ``cost`` says what an error ``(N, K)`` costs."""
+    """Code ``delta (N, K)`` fp32; ``inputs_energy (K)`` weights columns, ``cost`` says what an error of it costs."""
     outputs, inputs = delta.shape
     weights = _usable(inputs_energy)
     left, right = _low_rank(delta, coding.rank, weights)
