@@ -109,7 +109,6 @@ def choose_step(context: StepContext) -> StepOutput:
     codings = {name: fitted(linears[name], choice[name]).to_json() for name in linears}
     chosen_rows = {name: rows[name][choice[name]] for name in rows}
     context.log(_words(codings, chosen_rows, target), "info")
-    target |= {"predicted_kl": float(f"{loss(options, choice):.4g}")}
     return StepOutput(data={"codings": codings, "rows": chosen_rows, "target": target})
 
 

@@ -103,7 +103,7 @@ def _manifest_bytes(
             for name, coding in codings.items()
         ],
         "distillation": None,
-        "target": {"ratio": 12.0, "expected": 12.0001, "predicted_kl": 0.01234},
+        "target": {"ratio": 12.0, "expected": 12.0001},
     }
     pair = {"fingerprint": DIGEST, "checkpoint": DIGEST}
     raw = make_manifest(

@@ -40,7 +40,7 @@ def test_a_target_ratio_is_met_within_two_percent(bench: Bench, ratio: float) ->
     assert output.data["true_ratio"] == pytest.approx(ratio, rel=0.02)
     assert output.data["figures"]["target"]["expected"] == pytest.approx(output.data["true_ratio"], rel=0.005)
     assert {matrix["coding"] for matrix in output.data["figures"]["matrices"]} - {"tensor"}
-    assert output.data["figures"]["target"]["predicted_kl"] == pytest.approx(divergence(bench, output), rel=2.0)
+    assert divergence(bench, output) < divergence(bench, bench.compress({"distill_steps": 0}))
 
 
 def test_a_target_divergence_is_met_within_two_percent(bench: Bench) -> None:
