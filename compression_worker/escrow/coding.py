@@ -81,7 +81,7 @@ def encode(variant: Patterns, base: Patterns | None, dtype: str) -> bytes:
     layout = LAYOUTS[dtype]
     values, counts = variant, [variant.size]
     if base is not None:
-        order, counts = _by_exponent(base, layout)
+        order, counts = by_exponent(base, layout)
         values = folded(variant, base, layout)[order]
     runs = [run for plane in _planes(values, layout) for run in _cut(plane, counts)]
     tables = [_table(run) for run in runs]
@@ -114,7 +114,7 @@ def code_length(header: memoryview) -> int:
 def _decode(code: memoryview, count: int, base: Patterns | None, layout: Layout) -> Patterns:
     sizes = HEADER.unpack(code[: HEADER.size])
     ends = [HEADER.size + sum(sizes[: at + 1]) for at in range(3)]
-    order, counts = (None, [count]) if base is None else _by_exponent(base, layout)
+    order, counts = (None, [count]) if base is None else by_exponent(base, layout)
     tables = _read(zlib.decompress(code[HEADER.size : ends[0]]), layout.width * len(counts))
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(code[ends[0] : ends[1]], "<u4").astype(np.uint32))
     plain = np.frombuffer(code[ends[1] : ends[2]], np.uint8)
@@ -138,7 +138,7 @@ def _decode(code: memoryview, count: int, base: Patterns | None, layout: Layout)
     return unfolded(differences, base, layout)
 
 
-def _by_exponent(base: Patterns, layout: Layout) -> tuple[npt.NDArray[np.intp], list[int]]:
+def by_exponent(base: Patterns, layout: Layout) -> tuple[npt.NDArray[np.intp], list[int]]:
     """The order that brings weights of one exponent together, and how many have each exponent that occurs."""
     exponents = ((base >> layout.unsigned(layout.mantissa_bits)) & layout.unsigned(layout.exponent_mask)).astype(
         np.uint8

@@ -9,6 +9,7 @@ processor time of this process. Adds a line per figure to ``results.csv``; exits
 
 - *escrow*: ordered-integer difference in byte planes, ANS by the base's exponent (``compression_worker/escrow/coding.py``)
 - *xor split zstd -3*: bit patterns of both XORed, low and high bytes apart, zstd level 3
+- *exponent zstd -1*: the escrow's planes and order, each run coded by zstd level 1 in place of ANS
 - *planes deflate*: ordered-integer difference in byte planes, zlib level 6
 - *zstd -3*: the weights alone
 - *zstd patch*: the weights with those of the base as a dictionary of the same content, as ``zstd --patch-from`` does
@@ -165,6 +166,28 @@ def planes_decode(code: list[bytes], dtype: str, base: memoryview, size: int) ->
     return coding.unfolded(folded, coding.patterns(base, dtype), layout).tobytes()
 
 
+def runs_encode(dtype: str, base: memoryview, variant: memoryview) -> list[bytes]:
+    layout, ours = coding.LAYOUTS[dtype], coding.patterns(base, dtype)
+    order, counts = coding.by_exponent(ours, layout)
+    sorted_planes = coding.folded(coding.patterns(variant, dtype), ours, layout)[order].view(np.uint8)
+    planes = sorted_planes.reshape(-1, layout.width)
+    compressor, ends = zstandard.ZstdCompressor(level=1), np.cumsum(counts)[:-1]
+    return [
+        compressor.compress(run.tobytes()) for at in range(layout.width) for run in np.split(planes[:, at].copy(), ends)
+    ]
+
+
+def runs_decode(code: list[bytes], dtype: str, base: memoryview, size: int) -> bytes:
+    layout, ours = coding.LAYOUTS[dtype], coding.patterns(base, dtype)
+    order, counts = coding.by_exponent(ours, layout)
+    runs = [zstandard.ZstdDecompressor().decompress(run) for run in code]
+    planes = np.empty((ours.size, layout.width), np.uint8)
+    for at in range(layout.width):
+        plane = b"".join(runs[at * len(counts) : (at + 1) * len(counts)])
+        planes[order, at] = np.frombuffer(plane, np.uint8)
+    return coding.unfolded(planes.reshape(-1).view(layout.unsigned), ours, layout).tobytes()
+
+
 def zstd_encode(dtype: str, base: memoryview, variant: memoryview) -> list[bytes]:
     return [zstandard.ZstdCompressor(level=LEVEL).compress(variant)]
 
@@ -190,6 +213,7 @@ def patch_decode(code: list[bytes], dtype: str, base: memoryview, size: int) -> 
 WAYS: dict[str, tuple[Callable[..., list[bytes]], Callable[..., bytes]]] = {
     "escrow": (escrow_encode, escrow_decode),
     PEER: (xor_encode, xor_decode),
+    "exponent zstd -1": (runs_encode, runs_decode),
     "planes deflate": (planes_encode, planes_decode),
     "zstd -3": (zstd_encode, zstd_decode),
     "zstd patch": (patch_encode, patch_decode),

@@ -14,11 +14,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from compression_worker import catalog
 from compression_worker.artifact import write_folder
 from compression_worker.checkpoints import Checkpoint, attach_folder, make_manifest
 from compression_worker.contracts import CompressionError, Json, StepOutput, StepSpec, canonical_json
 from compression_worker.escrow import coding, layout, steps
+from compression_worker.escrow.estimate import escrow_estimate
 from compression_worker.escrow.rebuilding import restore_folder
+from compression_worker.preflight import Model
 from compression_worker.runner import Runner, run_plan
 from compression_worker.store import Store
 from tests.tiny import make_tiny_pair, tiny_config, write_json, write_tokenizer
@@ -374,3 +377,18 @@ def test_memory_stays_a_few_chunks_whatever_the_size_of_a_tensor(
 
 def manifest_of(store: Store, output: StepOutput) -> Any:
     return json.loads(store.read_bytes(output.data["escrow"]))
+
+
+def test_the_estimate_counts_the_steps_and_the_work_of_the_plan(store: Store, tmp_path: Path) -> None:
+    base, variant = (attach_folder(store, one) for one in make_tiny_pair(tmp_path))
+    manifest = Checkpoint.open(store, variant).manifest
+    sizes = {name: manifest[name] for name in ("config", "parameters", "weight_bytes", "size_bytes")}
+    found = escrow_estimate(Model(**sizes))
+    spec = StepSpec(kind="escrow.plan", inputs={"base": base, "variant": variant})
+    planned = Runner(store=store, device="cpu").compute(spec, lambda event: None)[1].steps
+    for load in found.steps[1:]:
+        steps_of_kind = [step for step in planned if step.kind == load.kind]
+        work = catalog.load(catalog.need(load.kind).work)
+        assert load.count == len(steps_of_kind), load.kind
+        assert load.units == sum(work(step.params, found.sizes) for step in steps_of_kind), load.kind
+    assert kept(store, base, variant).data["artifact_bytes"] < found.needed_bytes

@@ -85,6 +85,7 @@ def test_each_kind_is_told_apart_and_what_is_needed_is_not_listed(shelf: Shelf) 
         "leftover": 1,
         "intermediate": 6,
         "retired": 3,
+        "released": 0,
     }
     assert young not in found
     assert not shelf.files(kept) & found.keys()
