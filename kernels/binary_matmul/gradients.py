@@ -75,7 +75,7 @@ def _x_gradient_kernel(  # type: ignore[no-untyped-def]
                     mask=(index < K)[:, None] & (columns < N)[None, :],
                     other=0.0,
                 )  # fmt: skip
-                weight = open_signs(word, tl.float32, BLOCK_K, BLOCK_N) * scale
+                weight = open_signs(word, BLOCK_K, BLOCK_N) * scale
                 total += tl.dot(dy.to(tl.float32), tl.trans(weight), input_precision=PRECISION)
         delta = tl.min(tl.where(delta_of > delta, delta_of, deltas))
     total = tl.where(((delta_of >= -1) & (delta_of < deltas))[:, None], total, float("nan"))
@@ -129,7 +129,7 @@ def _scale_gradient_kernel(  # type: ignore[no-untyped-def]
             mask=(at < words)[:, None] & (columns < N)[None, :],
             other=0,
         )
-        signed = outer * tl.trans(open_signs(word, tl.float32, BLOCK_K, BLOCK_N))
+        signed = outer * tl.trans(open_signs(word, BLOCK_K, BLOCK_N))
         sums = tl.sum(signed.reshape(BLOCK_N, BLOCK_K // UNIT, UNIT), axis=2)
         parts = parts_ptr + matrix * lines * units
         if BY_ROW:
@@ -147,14 +147,15 @@ def x_gradient(dy: torch.Tensor, x: torch.Tensor, operands: Operands) -> torch.T
     (tokens, inputs), (deltas, masks, words, outputs) = x.shape, operands.packed.shape
     weight, segments, scale = operands.weight, operands.segments, operands.scale
     order, ids = (segments.order, segments.ids) if segments else (operands.packed, operands.packed)
-    block_m = 16 if tokens <= 16 else 64
+    # Products of fp32 tiles are made by threads, which must hold them.
+    block_m, warps = (16, 4) if tokens <= 16 else (32, 8) if upcast(x.dtype) else (64, 8)
     strides = (scale.stride(1), *(0 if scale.shape[axis] == 1 else scale.stride(axis) for axis in (2, 3)))
     _x_gradient_kernel[(triton.cdiv(tokens, block_m), triton.cdiv(inputs, BLOCK_K))](
         dy, operands.packed, scale, dy if weight is None else weight, order, ids, dx,
         tokens, outputs, inputs, words, deltas, operands.group_size,
         *dy.stride(), *operands.packed.stride()[1:], *strides, *((0, 0) if weight is None else weight.stride()),
         MASKS=masks, FUSED=weight is not None, MAPPED=segments is not None, UPCAST=upcast(x.dtype),
-        PRECISION=dot_precision(x.dtype), BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        PRECISION=dot_precision(x.dtype), BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=warps,
     )  # fmt: skip
     return dx
 

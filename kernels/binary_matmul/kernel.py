@@ -24,21 +24,22 @@ import triton.language as tl
 
 from kernels.binary_matmul.gradients import scale_gradient, x_gradient
 from kernels.binary_matmul.operands import Operands, Segments, operands_of
-from kernels.binary_matmul.signs import open_signs, segment_of
+from kernels.binary_matmul.signs import minus_ones, open_pairs, pair_order, pair_up, segment_of
 from kernels.precision import check_dtype, dot_precision, upcast
 
 SPAN = 1024
-"""Inputs summed together: 4 programs along a K of 4096, so that 64 tiles of N occupy a large GPU."""
+"""Inputs summed together, a multiple of any step: 4 programs along a K of 4096 make its 32 tiles of N enough."""
 FEW_TOKENS = 64
 """Up to here the spans are spread over programs; above, the tiles of M are enough of them."""
-BLOCK_K = 64
+STEP = 64
+"""Inputs of the smallest step over K."""
 AT_THE_END, EACH_STEP, ON_SIGNS = 0, 1, 2
 
 
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
     x_ptr, packed_ptr, scale_ptr, weight_ptr, bias_ptr, order_ptr, ids_ptr, out_ptr,
-    M, N, K, words, deltas, group_size,
+    M, N, K, words, deltas, group_size, ones,
     stride_xm, stride_xk, stride_pm, stride_pr, stride_pn, stride_sm, stride_sn, stride_sc,
     stride_wn, stride_wk, stride_b,
     MASKS: tl.constexpr, FUSED: tl.constexpr, BIASED: tl.constexpr, MAPPED: tl.constexpr, SCALED: tl.constexpr,
@@ -52,6 +53,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = columns < N
     inner = tl.arange(0, BLOCK_K)
+    paired = pair_order(BLOCK_K)
     word_line = tl.arange(0, BLOCK_K // 32)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if SPREAD:
@@ -93,26 +95,28 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
                         mask=own[:, None] & (index < K)[None, :],
                         other=0.0,
                     )
+                    x = pair_up(x, BLOCK_M, BLOCK_K)
                     at = start // 32 + word_line
                     word = tl.load(
-                        packed_ptr + matrix * stride_pm + at[:, None] * stride_pr + columns[None, :] * stride_pn,
-                        mask=(at < words)[:, None] & is_column[None, :],
+                        packed_ptr + matrix * stride_pm + at[None, :] * stride_pr + columns[:, None] * stride_pn,
+                        mask=(at < words)[None, :] & is_column[:, None],
                         other=0,
                     )
                     if SCALED == 2:
+                        index = start + paired
                         scale = tl.load(
-                            scale_at[None, :] + (index // group_size)[:, None] * stride_sc,
-                            mask=(index < K)[:, None] & is_column[None, :],
+                            scale_at[:, None] + (index // group_size)[None, :] * stride_sc,
+                            mask=is_column[:, None] & (index < K)[None, :],
                             other=0.0,
                         )
-                        sign = open_signs(word, tl.float32, BLOCK_K, BLOCK_N)
-                        signed += tl.dot(x.to(tl.float32), sign * scale, input_precision=PRECISION)
+                        weight = open_pairs(word, ones, tl.float32, BLOCK_N, BLOCK_K) * scale
+                        signed += tl.dot(x.to(tl.float32), tl.trans(weight), input_precision=PRECISION)
                     else:
                         if UPCAST:
-                            sign = open_signs(word, tl.float32, BLOCK_K, BLOCK_N)
-                            product = tl.dot(x.to(tl.float32), sign, input_precision="ieee")
+                            sign = open_pairs(word, ones, tl.float32, BLOCK_N, BLOCK_K)
+                            product = tl.dot(x.to(tl.float32), tl.trans(sign), input_precision="ieee")
                         else:
-                            product = tl.dot(x, open_signs(word, x.dtype, BLOCK_K, BLOCK_N))
+                            product = tl.dot(x, tl.trans(open_pairs(word, ones, x.dtype, BLOCK_N, BLOCK_K)))
                         if SCALED == 1:
                             scale = tl.load(scale_at + (start // group_size) * stride_sc, mask=is_column, other=0.0)
                             signed += product * scale[None, :]
@@ -188,7 +192,12 @@ def _forward(x: torch.Tensor, operands: Operands, invariant: bool) -> torch.Tens
     deltas, masks, words, _ = operands.packed.shape
     weight, bias, segments = operands.weight, operands.bias, operands.segments
     order, ids = (segments.order, segments.ids) if segments else (operands.packed, operands.packed)
-    block_m, block_n = (16, 64) if invariant or tokens <= 16 else (64, 64)
+    scaled = _scaled(operands)
+    block_m, block_n, block_k, warps = _tile(
+        few=invariant or tokens <= 16,
+        wide=upcast(x.dtype) or scaled == ON_SIGNS,
+        step=operands.group_size if scaled == EACH_STEP else 0,
+    )
     spans = triton.cdiv(inputs, SPAN)
     spread = spans > 1 and tokens <= FEW_TOKENS
     out = torch.empty((spans, tokens, outputs), dtype=torch.float32, device=x.device) if spread else y
@@ -198,11 +207,11 @@ def _forward(x: torch.Tensor, operands: Operands, invariant: bool) -> torch.Tens
     _forward_kernel[grid](
         x, operands.packed, operands.scale, x if weight is None else weight, x if bias is None else bias,
         order, ids, out,
-        tokens, outputs, inputs, words, deltas, operands.group_size,
+        tokens, outputs, inputs, words, deltas, operands.group_size, minus_ones(x.dtype),
         *x.stride(), *operands.packed.stride()[1:], *_scale_strides(operands.scale), *stride_w, stride_b,
         MASKS=masks, FUSED=weight is not None, BIASED=bias is not None, MAPPED=segments is not None,
-        SCALED=_scaled(operands), UPCAST=upcast(x.dtype), PRECISION=dot_precision(x.dtype), SPAN=SPAN, SPREAD=spread,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K,
+        SCALED=scaled, UPCAST=upcast(x.dtype), PRECISION=dot_precision(x.dtype), SPAN=SPAN, SPREAD=spread,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
     )  # fmt: skip
     if spread:
         _add_spans_kernel[(tokens, triton.cdiv(outputs, 1024))](
@@ -210,6 +219,16 @@ def _forward(x: torch.Tensor, operands: Operands, invariant: bool) -> torch.Tens
             BIASED=bias is not None, MAPPED=segments is not None, BLOCK_N=1024,
         )  # fmt: skip
     return y
+
+
+def _tile(*, few: bool, wide: bool, step: int) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_K and warps. ``wide`` products are of fp32 tiles, which registers must hold; a step over
+    K lies inside a group of ``step`` inputs that share a scale, where there are such."""
+    if wide:
+        return (16, 64, STEP, 4) if few else (32, 64, STEP, 8)
+    if not few:
+        return 64, 128, STEP, 8
+    return 16, 128, 2 * STEP if step % (2 * STEP) == 0 else STEP, 4
 
 
 def _scale_strides(scale: torch.Tensor) -> tuple[int, int, int]:
@@ -221,7 +240,7 @@ def _scaled(operands: Operands) -> int:
     """Where the scale is applied."""
     if operands.scale.shape[3] == 1:
         return AT_THE_END
-    return EACH_STEP if operands.group_size % BLOCK_K == 0 else ON_SIGNS
+    return EACH_STEP if operands.group_size % STEP == 0 else ON_SIGNS
 
 
 def binary_matmul(
@@ -238,7 +257,8 @@ def binary_matmul(
     """x ``(M, K)`` -> ``(M, N)`` in x's dtype; differentiable in x, scale and bias. Shapes as in ``operands``.
 
     ``invariant`` True makes a token's result independent, bit for bit, of how many others stand in the batch, for
-    which long prompts pay (one small tile for any M); None means True where there are segments, else False.
+    which long prompts pay (one small tile for any M); None means True where there are segments, else False. Under
+    capture the scale must lie on the device already, in fp32: a number would be copied there.
     """
     check_dtype(x.dtype)
     operands = operands_of(

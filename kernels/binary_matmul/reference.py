@@ -45,9 +45,13 @@ def binary_matmul(
 
 def _delta(operands: Operands, delta: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
     """One delta, dense ``(N, K)``: its masks times their scales."""
-    scales = operands.scale[delta].to(dtype).repeat_interleave(operands.group_size, dim=2)[:, :, :inputs]
-    masks = [unpack_signs(mask, inputs, dtype) for mask in operands.packed[delta]]
-    return (torch.stack(masks) * scales).sum(dim=0)
+    scales = operands.scale[delta].to(dtype)
+    if scales.shape[2] > 1:
+        scales = scales.repeat_interleave(operands.group_size, dim=2)[:, :, :inputs]
+    first, *others = (
+        unpack_signs(mask, inputs, dtype) * scale for mask, scale in zip(operands.packed[delta], scales, strict=True)
+    )
+    return sum(others, start=first)
 
 
 def _delta_of(tokens: int, segments: Segments | None) -> torch.Tensor:
