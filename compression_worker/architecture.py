@@ -62,13 +62,13 @@ class Architecture:
     def renamed_for(self, names: Collection[str]) -> Architecture:
         """The same under the names a checkpoint uses: some files leave out the model's prefix (``transformer.``).
 
-        Refuses a checkpoint that holds stacked experts (``save_original_format=False``): no matrix there has a name.
+        Refuses one that holds stacked experts, as a store may have it of old: no matrix there has a name.
         """
         if stacked := next((name for name in self.stacks if name in names), None):
             raise CompressionError(
                 "stacked_experts",
-                f"the checkpoint keeps the experts of a layer in one tensor, '{stacked}': load it with transformers "
-                "and save it again with save_pretrained(...), which writes a matrix for each expert",
+                f"the checkpoint keeps the experts of a layer in one tensor, '{stacked}': import it again, which takes "
+                "in a matrix for each expert",
             )
         short = {name: name.removeprefix(self.prefix) for name in self.shapes}
         new = {name: short[name] if name not in names and short[name] in names else name for name in self.shapes}

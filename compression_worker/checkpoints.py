@@ -22,6 +22,7 @@ from compression_worker.adapters import CONFIG_FILE, is_adapter
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput, canonical_json, sha256
 from compression_worker.faults import failpoint
 from compression_worker.store import NoRoom, Store
+from compression_worker.unstacking import index_of, unstacked
 
 if TYPE_CHECKING:
     import torch
@@ -254,6 +255,9 @@ def _take(store: Store, folder: int, link_from: Path | None, base: str, licence:
         config, weight_map = check_texts(texts)
         shards = [intake.read_header(source) for source in weights]
         intake.check_shards(shards, weight_map)
+        shards = unstacked(shards, config)
+        if weight_map and any(shard.start for shard in shards):
+            texts[gate.INDEX_FILE] = index_of(shards)
         if link_from is None:
             require_room(store, sum(source.size for source in sources.values()))
         tensors, files = _take_weights(store, shards, link_from, progress)
@@ -306,7 +310,7 @@ def check_texts(texts: Mapping[str, bytes]) -> tuple[Json, dict[str, str] | None
 def _take_weights(
     store: Store, shards: list[intake.Shard], link_from: Path | None, progress: Progress
 ) -> tuple[dict[str, Json], dict[str, Json]]:
-    total, done = sum(shard.source.size for shard in shards), 0
+    total, done = sum(shard.size for shard in shards), 0
     tensors: dict[str, Json] = {}
     files: dict[str, Json] = {}
 
@@ -316,10 +320,10 @@ def _take_weights(
         progress(done, total, "bytes")
 
     for shard in shards:
-        with _sink(store, link_from / shard.name if link_from else None) as sink:
+        with _sink(store, link_from / shard.name if link_from and not shard.start else None) as sink:
             tensors |= intake.take_shard(shard, sink, advance)
         failpoint("import.hashed")
-        files[shard.name] = {"sha256": sink.digest, "size": shard.source.size}
+        files[shard.name] = {"sha256": sink.digest, "size": shard.size}
     return tensors, files
 
 

@@ -88,15 +88,29 @@ class Source:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file whose header passed the gate; nothing of its data was read yet."""
+    """One safetensors file whose header passed the gate; nothing of its data was read yet.
+
+    ``header`` is what will be written; where that is not the source's own, ``start`` is where the source's data begins.
+    """
 
     source: Source
     header: bytes
     tensors: list[TensorEntry]
+    start: int = 0
 
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def data_start(self) -> int:
+        """Where the data begins in the source."""
+        return self.start or len(self.header)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file as it will be written."""
+        return len(self.header) + self.tensors[-1].end
 
 
 @contextlib.contextmanager
@@ -179,14 +193,14 @@ def take_shard(shard: Shard, sink: Sink, advance: Callable[[int], None]) -> dict
     """Stream a shard into ``sink``; each tensor's digest by name. Refuses values that are not finite on the way."""
     sink.write(shard.header)
     advance(len(shard.header))
-    shard.source.file.seek(len(shard.header))
+    shard.source.file.seek(shard.data_start)
     buffer = memoryview(bytearray(CHUNK))
     taken: dict[str, Json] = {}
     # Two cores of work: the file's hash and the write on one, the tensor's hash and the scan on the other.
     with ThreadPoolExecutor(1) as second:
         for tensor in shard.tensors:
             taken[tensor.name] = _take_tensor(shard, tensor, sink, advance, buffer, second)
-    shard.source.check_unchanged(len(shard.header) + shard.tensors[-1].end)
+    shard.source.check_unchanged(shard.data_start + shard.tensors[-1].end)
     return taken
 
 

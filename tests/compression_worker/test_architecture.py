@@ -76,7 +76,7 @@ def test_a_checkpoint_of_stacked_experts_is_refused_with_what_to_do(tmp_path: Pa
     model = make_model("mixtral")
     model.save_pretrained(tmp_path, save_original_format=False)
     names = load_file(tmp_path / "model.safetensors")
-    with pytest.raises(CompressionError, match="save it again with save_pretrained") as refused:
+    with pytest.raises(CompressionError, match="import it again") as refused:
         describe(config_of(tmp_path)).renamed_for(names)
     assert refused.value.code == "stacked_experts"
 
