@@ -31,7 +31,7 @@ run: setup ## Start everything on this machine; Ctrl-C stops it (data in .deltaw
 	@exec $(BIN)/python -m deploy.local
 
 test: setup browser brokers ## Run all tests, the browser's and the short storms included (about 20 minutes)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 check: setup ## Formatting, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -25,6 +25,8 @@ OWNER_PASSWORD = "owner-of-a-test-database"
 SERVER_PASSWORD = "server-of-a-test-database"
 PORT = free_port()
 SERVER_STARTED: list[EmbeddedPostgres] = []
+ALONE = {"reliability", "test_stack", "test_browser"}
+"""Folders and files whose tests start fleets or whole stacks and watch the clock."""
 
 os.environ.update(
     {
@@ -55,11 +57,27 @@ os.environ.update(
 (SCRATCH / "static").mkdir()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Load the settings now that their environment is made; pytest-django then sets Django up."""
     from django.conf import settings
 
     assert settings.DATABASES
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        # Inherited, it would make the processes of ``-n 2`` load the settings before their own environment is made.
+        del os.environ["DJANGO_SETTINGS_MODULE"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Beside one another (``-n 2``) run tests that do not watch the clock; storms and whole stacks run in turn."""
+    for item in items:
+        if ALONE & {Path(part).stem for part in item.path.parts}:
+            item.add_marker(pytest.mark.xdist_group("alone"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of several leaves without its exit handlers."""
+    if hasattr(session.config, "workerinput"):
+        _clean_up()
 
 
 @atexit.register
