@@ -242,7 +242,9 @@ def _choosing(
 def _distillation(model: Model, shapes: Shapes | None, config: BitDeltaConfig) -> StepLoad:
     linears = _linears(model, shapes)
     largest = max(one.elements for one in shapes.block) if shapes else 0
-    models = FLOAT * model.parameters + round(model.width * linears) + linears
+    # Where nothing is known it may be a mixture, whose merged experts are kept for the backward pass.
+    experts = 0 if shapes else FLOAT * linears
+    models = FLOAT * model.parameters + round(model.width * linears) + linears + experts
     training = models + 2 * FLOAT * largest + _kept(shapes, config)
     loading = PROCESS_BYTES + model.weight_bytes
     tokens = config.distill_steps * config.batch_size * config.sequence_length

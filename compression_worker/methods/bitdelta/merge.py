@@ -107,12 +107,21 @@ def _rows(width: int) -> int:
 
 
 class PackedLinear(torch.nn.Module):
-    """``y = x W_b^T + scale * (x S^T) + bias`` with the signs left packed: one bit a weight beside the base's."""
+    """``y = x W_b^T + sum_i x (scale_i * S_i)^T + bias`` with the signs left packed: a bit a weight and mask.
+
+    ``scale`` is one element, or ``(masks, 1 or N, 1 or ceil(K / group_size))``.
+    """
 
     def __init__(
-        self, base: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+        self,
+        base: torch.Tensor,
+        packed: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        group_size: int | None = None,
     ) -> None:
         super().__init__()
+        self.group_size = group_size
         self.register_buffer("weight", base)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale.clone())
@@ -120,8 +129,21 @@ class PackedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        delta = choose("binary_matmul", str(x.device.type))(flat, self.packed, self.scale)
-        return torch.nn.functional.linear(x, self.weight, self.bias) + delta.view(*x.shape[:-1], -1)
+        product = choose("binary_matmul", str(x.device.type))
+        y: torch.Tensor = product(
+            flat, self.packed, self.scale, weight=self.weight, bias=self.bias, group_size=self.group_size
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
+def scale_operand(scale: torch.Tensor, coding: Coding, outputs: int) -> tuple[torch.Tensor, int | None]:
+    """The scales of a linear in the shape that the product takes, fp32, and the inputs that share one."""
+    if coding.plain:
+        return scale, None
+    whole = scale.to(torch.float32)
+    shapes = {"tensor": (1, 1), "row": (outputs, 1), "column": (1, -1), "group": (outputs, -1)}
+    sizes = {"column": 1, "group": coding.group_size}
+    return whole.view(coding.masks, *shapes[coding.scale]), sizes.get(coding.scale)
 
 
 def load_model(
@@ -134,7 +156,7 @@ def load_model(
 ) -> torch.nn.Module:
     """The compressed model in memory; ``packed`` None merges on a CPU and keeps one bit a weight on CUDA.
 
-    Linears of a finer coding than the published one are merged everywhere.
+    Linears with a low-rank part, or with no mask at all, are merged everywhere.
     """
     keep_packed = device.startswith("cuda") if packed is None else packed
     with MergedSigns(base, artifact) as merged:
@@ -143,21 +165,28 @@ def load_model(
         model.to(device)
 
         def module(name: str, linear: Any) -> PackedLinear:
-            codes, scale = merged.codes(name).to(device), merged.scale(name).to(device)
+            coding = coding_of(merged.table[name])
+            scale, group_size = scale_operand(merged.scale(name), coding, linear.weight.shape[0])
+            codes = merged.codes(name).to(device)
+            codes = codes if coding.plain else codes.view(coding.masks, *codes.shape[-2:])
             bias = None if linear.bias is None else linear.bias.data
-            return PackedLinear(linear.weight.data, codes, scale, bias)
+            return PackedLinear(linear.weight.data, codes, scale.to(device), bias, group_size)
 
         pack_modules(model, kept, module)
     return model.eval().requires_grad_(False)
 
 
 def _packable(artifact: Artifact) -> dict[str, str]:
-    """The linears of the published coding that are a module of their own, by the name of the weight in memory.
+    """The linears that are masks alone and a module of their own, by the name of the weight in memory.
 
     A weight that is stored the other way round and the experts of a mixture, which are one stack in memory, are merged.
     """
     table = artifact.manifest["tensors"]
     architecture = describe(artifact.config).renamed_for(table)
     coded = {name for name, entry in table.items() if entry["kind"] == "sign" and not entry.get("transposed")}
-    plain = {name for name in coded - architecture.stacked() if coding_of(table[name]).plain}
-    return {name: architecture.memory.get(name, name) for name in sorted(plain)}
+    own = {name for name in coded - architecture.stacked() if _is_masks(coding_of(table[name]))}
+    return {name: architecture.memory.get(name, name) for name in sorted(own)}
+
+
+def _is_masks(coding: Coding) -> bool:
+    return coding.masks > 0 and not coding.rank

@@ -103,6 +103,22 @@ def test_finer_forms_are_nearer_and_give_the_same_bytes_again(bench: Bench, conf
             assert torch.equal(model[name], merged.tensor(name, torch.float32)), name
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"scale": "row"}, {"scale": "column"}, {"scale": "group", "group_size": 24, "masks": 2}, {"masks": 3}],
+    ids=str,
+)
+def test_packed_and_merged_models_answer_alike(bench: Bench, config: Json) -> None:
+    output = bench.compress(config | {"distill_steps": 0})
+    base = Checkpoint.open(bench.store, bench.base)
+    artifact = Artifact.open_store(bench.store, output.data["artifact"])
+    dense = merge.load_model(base, artifact, dtype=torch.float32)
+    packed = merge.load_model(base, artifact, dtype=torch.float32, packed=True)
+    assert sum(isinstance(module, merge.PackedLinear) for module in packed.modules()) == 14
+    tokens = torch.arange(12).view(1, 12)
+    torch.testing.assert_close(packed(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("config", [FINER[1], FINER[2]], ids=str)
 def test_finer_scales_are_distilled(bench: Bench, config: Json) -> None:
     steps = {"learning_rate": 0.02, "learning_rate_unit": "relative", "schedule": "constant"}
