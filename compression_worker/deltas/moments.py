@@ -26,9 +26,14 @@ class Samples:
     g: torch.Tensor
     tokens: int
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """All inputs, fp32 ``(W * T, K)``."""
+        return self.x.flatten(0, 1).to(torch.float32)
+
     def cost(self, error: torch.Tensor) -> float:
         """The KL divergence in nats a token that ``error (N, K)`` of the weight is foretold to make."""
-        moved = self.x.flatten(0, 1).to(torch.float32) @ error.T
+        moved = self.rows @ error.T
         by_window = (moved.view(self.g.shape) * self.g.to(torch.float32)).sum(dim=(1, 2), dtype=torch.float64)
         return float(by_window.square().sum()) / (2 * self.tokens)
 
@@ -57,6 +62,11 @@ def read_moments(file: TensorFile, name: str) -> Moments | None:
     if f"{name}#outputs" not in file.entries:
         return None
     return Moments(file.tensor(f"{name}#outputs"), file.tensor(f"{name}#inputs"))
+
+
+def read_inputs(file: TensorFile, name: str) -> torch.Tensor:
+    """The inputs alone of what :func:`samples_file` wrote of ``name``, fp32 ``(W * T, K)``."""
+    return file.tensor(f"{name}#x").flatten(0, 1).to(torch.float32)
 
 
 def read_samples_of(file: TensorFile, name: str, tokens: int) -> Samples:

@@ -33,7 +33,7 @@ NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Sensed:
-    """By name: moments of linears, embeddings and head (a tied head as ``name#head``), and samples of linears."""
+    """By name: samples of linears, and moments of embeddings and head (a tied head as ``name#head``)."""
 
     moments: dict[str, Moments]
     samples: dict[str, Samples]
@@ -129,8 +129,7 @@ class _Collector:
         return hook
 
     def _keep(self, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Moments and samples of one linear; some families run a linear on flat ``(B * T, K)``."""
-        self._add(name, self._rows(gradient).square().sum(dim=0), self._rows(x).square().sum(dim=0))
+        """Samples of one linear; some families run a linear on flat ``(B * T, K)``."""
         shape = (*self.real.shape, -1)
         real = self.real[..., None]
         pair = ((side.reshape(shape) * real).to(torch.bfloat16).cpu() for side in (x, gradient))

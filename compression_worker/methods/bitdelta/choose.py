@@ -17,11 +17,10 @@ import torch
 from compression_worker.architecture import Linear, describe
 from compression_worker.checkpoints import load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
-from compression_worker.deltas.budget import Choice, Option, cheapest, cost, loss, moves, within
+from compression_worker.deltas.budget import Choice, Option, cheapest, cost, moves, within
 from compression_worker.deltas.calibration import calibration_windows
 from compression_worker.deltas.kept import BY_ROW
 from compression_worker.deltas.moments import (
-    Moments,
     Samples,
     moments_file,
     read_moments,
@@ -41,8 +40,8 @@ from compression_worker.tensors import ITEM_SIZES, Spec, TensorFile, TensorFiles
 
 TOLERANCE = 0.02
 """How near a target counts as met."""
-SEARCHES = 24
-"""Models that a target KL divergence may cost at most."""
+SEARCHES, ROUNDS = 24, 4
+"""Models that a target KL divergence costs about, and how often single changes are looked for at the end."""
 
 
 def sense_step(context: StepContext) -> StepOutput:
@@ -77,7 +76,7 @@ def measure_step(context: StepContext) -> StepOutput:
         options: dict[str, list[list[float]]] = {}
         for linear in linears:
             samples = read_samples_of(drawn, linear.name, sensed.data["tokens"])
-            options[linear.name] = _measured(linear, read_moments(seen, linear.name), samples, base, variant)
+            options[linear.name] = _measured(linear, samples, base, variant)
             context.progress(len(options), len(linears), "matrices")
     return StepOutput(data={"linears": options})
 
@@ -112,14 +111,12 @@ def choose_step(context: StepContext) -> StepOutput:
     return StepOutput(data={"codings": codings, "rows": chosen_rows, "target": target})
 
 
-def _measured(
-    linear: Linear, moments: Moments | None, samples: Samples, base: TensorFiles, variant: TensorFiles
-) -> list[list[float]]:
+def _measured(linear: Linear, samples: Samples, base: TensorFiles, variant: TensorFiles) -> list[list[float]]:
     delta = whole_delta(linear, base, variant)
     found = []
     for at in range(len(OPTIONS)):
         coding = fitted(linear, at)
-        coded = encode(delta, coding, moments.inputs if moments else None, samples.cost)
+        coded = encode(delta, coding, samples.rows, samples.cost)
         found.append([sum(coding.sizes(linear.outputs, linear.inputs).values()), coded.loss])
     return found
 
@@ -242,7 +239,7 @@ def _for_divergence(
             low, high = (low, middle) if at(middle) <= wanted else (middle, high)
         choice, reached = _after(options, path, high), at(high)
         if reached < wanted * (1 - TOLERANCE) and high:
-            choice, reached = _nearer(trial, options, _after(options, path, low), at(low), choice, reached, wanted)
+            choice, reached = _nearer(trial, options, choice, reached, wanted)
         return choice, {"kl": wanted, "reached": float(f"{reached:.6g}"), "windows": trial.windows}
 
 
@@ -254,32 +251,39 @@ def _after(options: Mapping[str, list[Option]], path: list[Any], count: int) -> 
 
 
 def _nearer(
-    trial: Trial,
-    options: Mapping[str, list[Option]],
-    above: Choice,
-    above_kl: float,
-    below: Choice,
-    below_kl: float,
-    wanted: float,
+    trial: Trial, options: Mapping[str, list[Option]], choice: Choice, reached: float, wanted: float
 ) -> tuple[Choice, float]:
-    """Single changes from the choice just above the target, those first whose foretold saving is what is needed."""
-    foretold = loss(options, above)
-    part = max(above_kl - wanted * (1 - TOLERANCE / 2), 0.0) / max(above_kl, 1e-12) * foretold
-    changes = [
-        (abs(options[name][at].loss - way.loss - part), name, other)
-        for name, at in above.items()
-        for other, way in enumerate(options[name])
-        if way.loss < options[name][at].loss
-    ]
-    best, best_kl = below, below_kl
-    for _, name, other in sorted(changes)[: SEARCHES // 2]:
-        choice = above | {name: other}
-        kl = trial.divergence(choice)
-        if best_kl < kl <= wanted * (1 + TOLERANCE / 2):
-            best, best_kl = choice, kl
-        if abs(kl - wanted) <= wanted * TOLERANCE / 2:
+    """Make single matrices smaller, those first that cost least, while the divergence stays within the target."""
+    banned: set[str] = set()
+    for _ in range(ROUNDS):
+        steps = _smaller(options, choice, banned)
+        tried = {0: reached}
+        low, high = 0, len(steps) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            tried[middle] = trial.divergence(choice | dict(steps[:middle]))
+            low, high = (middle, high) if tried[middle] <= wanted * (1 + TOLERANCE / 2) else (low, middle)
+        choice, reached = choice | dict(steps[:low]), tried[low]
+        if reached >= wanted * (1 - TOLERANCE) or low == len(steps):
             break
-    return best, best_kl
+        banned.add(steps[low][0])
+    return choice, reached
+
+
+def _smaller(options: Mapping[str, list[Option]], choice: Choice, banned: set[str]) -> list[tuple[str, int]]:
+    """For each matrix the smaller option that costs least more, the cheapest changes first."""
+    found = []
+    for name, at in choice.items():
+        now = options[name][at]
+        ways = [
+            (way.loss - now.loss, other)
+            for other, way in enumerate(options[name])
+            if way.bytes < now.bytes and way.loss > now.loss
+        ]
+        if ways and name not in banned:
+            more, other = min(ways)
+            found.append((more, name, other))
+    return [(name, other) for _, name, other in sorted(found)]
 
 
 def _words(codings: Mapping[str, Json], rows: Mapping[str, str], target: Json) -> str:

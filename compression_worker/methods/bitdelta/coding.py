@@ -2,9 +2,9 @@
 
 The *scale* of a mask is one number for the matrix (the paper's), for each row (output), column (input), or group of
 ``group_size`` inputs of a row; the last group may be shorter. Masks are stacked: each codes what the ones before it
-left. Scales are least squares: the mean of ``|D|`` over the weights that share one, weighted by the second moment of
-the layer's inputs where that is known. ``U (N, r)`` and ``V (r, K)`` are the truncated SVD in the same weights, taken
-before the masks.
+left. Scales are least squares: the mean of ``|D|`` over the weights that share one. Where inputs of the layer are
+known, weights count by the second moment of their input, and rows are then fitted on the inputs themselves.
+``U (N, r)`` and ``V (r, K)`` are the truncated SVD in the same weights, taken before the masks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ OVERSAMPLING, POWER_ITERATIONS = 8, 3
 FINE_BYTES = 2
 """Scales that are finer than the matrix are bfloat16, and so are the factors of the low-rank part."""
 TENSOR_BYTES = 4
+FACTORS = (0.25, 4.0)
+"""How far the fit on activations may move scales from those of least squares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +89,18 @@ class Coded:
 def encode(
     delta: torch.Tensor,
     coding: Coding,
-    inputs_energy: torch.Tensor | None,
+    x: torch.Tensor | None = None,
     cost: Callable[[torch.Tensor], float] | None = None,
 ) -> Coded:
-    """Code ``delta (N, K)`` fp32; ``inputs_energy (K)`` weights columns, ``cost`` says what an error of it costs."""
+    """Code ``delta (N, K)`` fp32. ``x (T, K)`` fp32: inputs of the layer, on which scales are then fitted.
+
+    ``cost`` says what an error ``(N, K)`` costs.
+    """
     outputs, inputs = delta.shape
-    weights = _usable(inputs_energy)
+    weights = _usable(x.square().mean(dim=0)) if x is not None else None
     left, right = _low_rank(delta, coding.rank, weights)
-    rest = delta - left.float() @ right.float() if coding.rank else delta.clone()
+    target = delta - left.float() @ right.float() if coding.rank else delta
+    rest = target.clone()
     packed, scales = [], []
     for _ in range(coding.masks):
         scale = _stored(_fit(rest.abs(), coding, weights), coding)
@@ -102,6 +108,10 @@ def encode(
         rest -= torch.where(bits, 1.0, -1.0).mul_(expand(scale, coding, outputs, inputs))
         packed.append(pack_bits(bits))
         scales.append(scale)
+    if x is not None and coding.masks:
+        factor = _aligned(target, target - rest, x, coding)
+        scales = [_stored(_scaled(scale, factor, coding), coding) for scale in scales]
+        rest = target - _summed(packed, scales, coding, outputs, inputs)
     loss = cost(rest) if cost else 0.0
     error = float(rest.square_().sum(dtype=torch.float64))
     return Coded(
@@ -156,6 +166,37 @@ def _fit(sizes: torch.Tensor, coding: Coding, weights: torch.Tensor | None) -> t
     whole = torch.ones_like(sizes) if weights is None else weights.expand_as(sizes)
     total = gather(whole, coding).double()
     return (gather(sizes * whole, coding).double() / total.where(total > 0, 1.0)).float()
+
+
+def _aligned(target: torch.Tensor, masks: torch.Tensor, x: torch.Tensor, coding: Coding) -> torch.Tensor:
+    """What the masks are multiplied with, so that outputs on ``x`` are nearest to the target's.
+
+    Signs with the scale of least squares have a smaller product with their delta than the delta itself, and a delta is
+    aligned with the inputs that it was trained on; so the layer would move too little. One factor for each row, or one
+    for all where rows share scales.
+    """
+    wanted, moved = x @ target.T, x @ masks.T
+    products, squares = (wanted * moved).sum(dim=0).double(), moved.square_().sum(dim=0).double()
+    if coding.scale in ("tensor", "column"):
+        products, squares = products.sum().view(1), squares.sum().view(1)
+    factor = products / squares.where(squares > 0, 1.0)
+    return torch.where(squares > 0, factor, 1.0).clamp_(*FACTORS).float()
+
+
+def _scaled(scale: torch.Tensor, factor: torch.Tensor, coding: Coding) -> torch.Tensor:
+    if coding.scale == "group":
+        return (scale.view(len(factor), -1) * factor[:, None]).view(-1)
+    return scale * factor
+
+
+def _summed(
+    packed: list[torch.Tensor], scales: list[torch.Tensor], coding: Coding, outputs: int, inputs: int
+) -> torch.Tensor:
+    """All masks with their scales, ``(N, K)``."""
+    whole = torch.zeros((outputs, inputs))
+    for mask, scale in zip(packed, scales, strict=True):
+        whole += unpack_signs(mask, inputs).mul_(expand(scale, coding, outputs, inputs))
+    return whole
 
 
 def _stored(scale: torch.Tensor, coding: Coding) -> torch.Tensor:

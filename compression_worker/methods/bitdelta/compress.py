@@ -27,7 +27,7 @@ from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput, sha256
 from compression_worker.deltas.assembly import Parcel, assemble
 from compression_worker.deltas.kept import BY_ROW, keep_rest
-from compression_worker.deltas.moments import Moments, read_moments
+from compression_worker.deltas.moments import read_inputs
 from compression_worker.deltas.pair import check_pair, open_pair, opened, whole_delta
 from compression_worker.deltas.threads import each, one_thread_per_operation
 from compression_worker.faults import failpoint
@@ -119,14 +119,14 @@ def layer_step(context: StepContext) -> StepOutput:
     """The codes and initial scales of one transformer block."""
     linears = [Linear(**linear) for linear in context.spec.params["linears"]]
     codings = _codings(context, linears)
-    weights = _inputs_energy(context, linears)
+    seen = _seen(context, linears)
     coded: dict[str, Json] = {}
     fine: dict[str, torch.Tensor] = {}
     names = [linear.name for linear in linears]
     with open_pair(context, names) as (base, variant), context.store.writer() as blob:
         blob.write(header_bytes(layout.codes_specs(zip(linears, codings, strict=True))))
         with one_thread_per_operation():
-            packed = each()(partial(_code, base, variant), linears, codings, weights)
+            packed = each()(partial(_code, base, variant), linears, codings, seen)
             for linear, coding, made in zip(linears, codings, packed, strict=True):
                 failpoint("bitdelta.matrix")
                 pieces = _pieces(made)
@@ -298,13 +298,14 @@ def _codings(context: StepContext, linears: list[Linear]) -> list[Coding]:
     return [coding.fitting(linear.outputs, linear.inputs) for linear in linears]
 
 
-def _inputs_energy(context: StepContext, linears: list[Linear]) -> list[Moments | None]:
+def _seen(context: StepContext, linears: list[Linear]) -> list[torch.Tensor | None]:
+    """What goes into each linear on calibration text, where that was asked for."""
     if "sensitivity" not in context.spec.inputs:
         return [None] * len(linears)
-    digest = context.input("sensitivity").blobs["moments"]
+    digest = context.input("sensitivity").blobs[f"block-{linears[0].block}"]
     context.store.verify(digest)
     with TensorFile(context.store.path(digest)) as file:
-        return [read_moments(file, linear.name) for linear in linears]
+        return [read_inputs(file, linear.name) for linear in linears]
 
 
 class _Buffers(threading.local):
@@ -318,15 +319,15 @@ _BUFFERS = _Buffers()
 
 
 def _code(
-    base: TensorFiles, variant: TensorFiles, linear: Linear, coding: Coding, moments: Moments | None
+    base: TensorFiles, variant: TensorFiles, linear: Linear, coding: Coding, x: torch.Tensor | None
 ) -> SignPack | Coded:
     """The published form by tiles; any other from the whole matrix."""
-    if coding.plain and moments is None:
+    if coding.plain and x is None:
         made: SignPack | Coded = _pack(linear, base, variant)
         energy = made.sum_squares  # type: ignore[union-attr]
     else:
         delta = whole_delta(linear, base, variant)
-        made = encode(delta, coding, moments.inputs if moments else None)
+        made = encode(delta, coding, x)
         energy = made.energy
     # A sum of finite numbers is finite here unless one of them is not.
     if not torch.tensor(energy).isfinite():

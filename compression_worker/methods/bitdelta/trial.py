@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +15,7 @@ from compression_worker.contracts import StepContext
 from compression_worker.deltas.budget import Choice
 from compression_worker.deltas.calibration import calibration_windows
 from compression_worker.deltas.loading import module_path
-from compression_worker.deltas.moments import read_moments
+from compression_worker.deltas.moments import read_inputs
 from compression_worker.deltas.pair import open_pair, opened, whole_delta
 from compression_worker.deltas.rows import CODINGS, merged_rows
 from compression_worker.distillation import Batch
@@ -51,8 +52,10 @@ class Trial:
     def __enter__(self) -> Self:
         self._pair = open_pair(self._context, [])
         self._base, self._variant = self._pair.__enter__()
-        digest = self._context.input("sensitivity").blobs["moments"]
-        self._seen = TensorFile(self._context.store.path(digest))
+        self._seen = contextlib.ExitStack()
+        blobs = self._context.input("sensitivity").blobs
+        files = {name: self._context.store.path(digest) for name, digest in blobs.items() if name != "moments"}
+        self._samples = {name: self._seen.enter_context(TensorFile(path)) for name, path in files.items()}
         return self
 
     def __exit__(
@@ -90,8 +93,8 @@ class Trial:
 
     def _merged(self, linear: Linear, at: int) -> torch.Tensor:
         coding = fitted(linear, at)
-        moments = read_moments(self._seen, linear.name)
-        coded = encode(whole_delta(linear, self._base, self._variant), coding, moments.inputs if moments else None)
+        x = read_inputs(self._samples[f"block-{linear.block}"], linear.name)
+        coded = encode(whole_delta(linear, self._base, self._variant), coding, x)
         delta = decode(coded.packed, coded.scales, coded.left, coded.right, coding, linear.inputs)
         base = self._base.file(linear.name).tensor(linear.name).to(torch.float32)
         return base + (delta.T if linear.transposed else delta)
