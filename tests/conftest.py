@@ -25,8 +25,8 @@ OWNER_PASSWORD = "owner-of-a-test-database"
 SERVER_PASSWORD = "server-of-a-test-database"
 PORT = free_port()
 SERVER_STARTED: list[EmbeddedPostgres] = []
-ALONE = {"reliability", "test_stack", "test_browser"}
-"""Folders and files whose tests start fleets or whole stacks and watch the clock."""
+ALONE = {"reliability", "test_stack", "test_browser", "test_bucket", "test_storage_bucket"}
+"""Folders and files whose tests start fleets, whole stacks or a server with fixed ports, and watch the clock."""
 
 os.environ.update(
     {

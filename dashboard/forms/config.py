@@ -106,6 +106,20 @@ class ConfigForm(forms.Form):
         made = config_fields(config)
         self.config, self.config_names = config, set(made)
         self.fields.update(made)
+        self._fill_in(made)
+
+    def _fill_in(self, made: Mapping[str, forms.Field]) -> None:
+        """A page that was opened before an upgrade does not ask for newer settings: they stay at their defaults."""
+        absent = {
+            name: field.initial
+            for name, field in made.items()
+            if name not in self.data and not isinstance(field, forms.BooleanField) and field.initial is not None
+        }
+        if self.is_bound and absent:
+            data: Any = self.data.copy()  # type: ignore[attr-defined]
+            for name, value in absent.items():
+                data[name] = value
+            self.data = data
 
     def add_queue(self) -> None:
         queues = offered_queues()

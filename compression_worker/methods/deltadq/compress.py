@@ -99,6 +99,9 @@ def layer_step(context: StepContext) -> StepOutput:
             lines[linear.name] = line | {"linear": asdict(linear), "place": dropout.tensor}
             tensors[linear.name] = Spec("U8", (len(data),)), [memoryview(data)]
             context.progress(len(lines), len(linears), "matrices")
+    for name, line in lines.items():
+        if not line["energy"]:
+            context.log(f"'{name}' is equal in base and variant: its survivors are 0", "warning")
     with context.store.writer() as blob:
         write_file(blob, tensors)
     return StepOutput(blobs={layout.codes_file(linears[0].block): blob.digest}, data={"linears": lines})

@@ -11,6 +11,7 @@ import torch
 
 from compression_worker.architecture import Architecture, describe
 from compression_worker.checkpoints import Checkpoint, attach_folder, load_model, load_tokenizer, require_pair
+from compression_worker.deltas.assembly import side_files
 from compression_worker.store import Store
 
 
@@ -68,9 +69,9 @@ class Pair:
 
     @property
     def side_bytes(self) -> int:
-        """Config, tokenizer and other files beside the weights, as they are."""
-        manifest = self.variant.manifest
-        return int(manifest["size_bytes"] - manifest["weight_bytes"])
+        """Config, tokenizer and other files beside the weights, but for a vocabulary that is the base's own."""
+        files = self.variant.manifest["files"]
+        return sum(int(files[name]["size"]) for name in side_files(self.base, self.variant)[0])
 
     @cached_property
     def changed(self) -> list[str]:

@@ -83,7 +83,7 @@ def test_a_chosen_card_shows_that_methods_own_settings(
     assert "distill_steps" not in page
     assert '<details id="more-settings" class="settings">' in page
     other = client.get(reverse("job-create", args=["bitdelta"])).content.decode()
-    assert "group_size" not in other
+    assert 'name="exact"' not in other
 
 
 def test_the_way_to_another_method_keeps_what_both_ask(
