@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compression_worker.store import Store
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """Part of every step's key. Raise it when a change of code changes the bytes that a step makes."""
 
 Json = dict[str, Any]
