@@ -72,8 +72,8 @@ METHODS: dict[str, Method] = {
         implementation="compression_worker.methods.deltadq.compress",
         forecast="compression_worker.methods.deltadq.estimate",
         when=(
-            "Where the smallest file counts: dropping at random with rescaling keeps what a delta does on average. Brief "
-            "fine-tunes thin out best; compare with sign bits on your own text before you ship."
+            "Where the smallest file counts: dropping at random with rescaling keeps what a delta does on average. "
+            "Brief fine-tunes thin out best; compare with sign bits on your own text before you ship."
         ),
         costs=(
             "Both models are read once, and the mask of every weight is computed. Choosing the group size loads the "
