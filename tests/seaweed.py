@@ -75,6 +75,8 @@ class Seaweed:
             "s3": "true",
             "s3.port": self._ports["s3"],
             "s3.autoCreateBucket": "false",
+            "s3.port.iceberg": 0,  # two services that nobody asked for, on ports that are the same for every server
+            "s3.port.lance": 0,
             "s3.config": self._folder / "identities.json",
         }
         # gRPC ports are the plain ones plus 10,000 unless told; ephemeral ports would overflow.
