@@ -72,7 +72,7 @@ def stacked(
 ) -> torch.Tensor:
     """``W_b + sum_i scale_i * S_i`` in ``dtype``."""
     whole = base.to(dtype, copy=True)
-    for mask, scale in zip(signs, scales.to(dtype).view(len(signs), -1), strict=True):
+    for mask, scale in zip(signs, scales.to(dtype).view(len(signs), coding.values(*base.shape)), strict=True):
         whole.addcmul_(mask.to(dtype), expand(scale, coding, *base.shape))
     return whole
 

@@ -25,7 +25,7 @@ from compression_worker.methods.bitdelta.finish import coding_of, initial_scales
 from compression_worker.methods.bitdelta.matrices import Matrix
 from compression_worker.methods.bitdelta.student import Student
 from compression_worker.tensors import Spec, TensorFile, TensorFiles, checkpoint_files, raw_bytes, write_file
-from kernels.packing import unpack_signs
+from kernels.packing import unpack_signs, words_for
 
 SMALL_MODEL = 10_000_000
 """Parameters."""
@@ -157,7 +157,7 @@ def _matrices(
 
 def _matrix(device: str, codes: TensorFile, base: TensorFile, name: str, line: Json) -> Matrix:
     coding, inputs = coding_of(line), line["linear"]["inputs"]
-    packed = codes.tensor(name).view(coding.masks, -1, line["linear"]["outputs"])
+    packed = codes.tensor(name).view(coding.masks, words_for(inputs), line["linear"]["outputs"])
     signs = [unpack_signs(mask, inputs, torch.int8) for mask in packed]
     weight = base.tensor(name)
     weight = weight.T.contiguous() if line["linear"]["transposed"] else weight

@@ -51,6 +51,15 @@ def test_a_target_divergence_is_met_within_two_percent(bench: Bench) -> None:
     assert 0.2 * 0.01 < divergence(bench, output) < 5 * 0.01
 
 
+def test_what_a_target_chose_is_distilled_dropped_matrices_among_it(bench: Bench) -> None:
+    target = {"target_ratio": 5.0, "learning_rate": 0.02, "learning_rate_unit": "relative", "schedule": "constant"}
+    output = bench.compress(target | {"distill_steps": 30})
+    codings = {matrix["coding"] for matrix in output.data["figures"]["matrices"]}
+    assert codings & {"dropped", "rank 4", "rank 16"}
+    losses = output.data["figures"]["distillation"]["losses"]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
 def test_a_ratio_out_of_reach_is_refused_with_the_nearest(bench: Bench) -> None:
     with pytest.raises(CompressionError, match=r"has [\d,]+ bytes, a ratio of \d") as refusal:
         bench.compress({"target_ratio": 5000.0, "distill_steps": 0})
