@@ -26,6 +26,10 @@ class Batch:
     tokens: torch.Tensor
     real: torch.Tensor
 
+    def to(self, device: str) -> Batch:
+        """The same on another device."""
+        return Batch(self.tokens.to(device), self.real.to(device))
+
 
 class Windows:
     """Windows of at most ``length`` tokens cut from texts; which window comes when depends on the seed alone.

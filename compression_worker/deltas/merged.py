@@ -38,7 +38,7 @@ class Merged:
         self.artifact = artifact
         self.table: Json = artifact.manifest["tensors"]
         self._base = checkpoint_files(base)
-        self._own = own_files(artifact)
+        self._own = TensorFiles({name: artifact.paths[e["file"]] for name, e in self.table.items() if "file" in e})
         self._coders = coders
 
     def __enter__(self) -> Self:
@@ -96,9 +96,3 @@ class Merged:
             return RowsReader(self._own.file(name)).tiles(name, entry, self._base.file(name))
         self._check_base(name)
         return self._coders[entry["kind"]].tiles(name, entry, self._base.file(name))
-
-
-def own_files(artifact: Artifact) -> TensorFiles:
-    """The artifact's files by the tensors of its table."""
-    table = artifact.manifest["tensors"]
-    return TensorFiles({name: artifact.paths[entry["file"]] for name, entry in table.items() if "file" in entry})

@@ -27,12 +27,17 @@ def check_pair(base: Checkpoint, variant: Checkpoint, context: StepContext) -> A
             f"the base is a {ours['architecture']} and the variant a {theirs['architecture']}: a delta needs one "
             "architecture. Choose the base that the variant was tuned from",
         )
-    architecture = describe(theirs["config"]).renamed_for(theirs["tensors"])
+    architecture = architecture_of(variant)
     _check_blocks(len(architecture.blocks), len(describe(ours["config"]).blocks))
     for linear in architecture.linears():
         _check_linear(linear, ours["tensors"].get(linear.name), theirs["tensors"].get(linear.name))
     _say_what_differs(base, variant, architecture, context)
     return architecture
+
+
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """What a checkpoint's config.json promises, under the names that its tensors have."""
+    return describe(checkpoint.manifest["config"]).renamed_for(checkpoint.manifest["tensors"])
 
 
 def opened(context: StepContext, name: str) -> Checkpoint:

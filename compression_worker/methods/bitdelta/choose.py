@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compression_worker.architecture import Linear, describe
+from compression_worker.architecture import Linear
 from compression_worker.checkpoints import load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.deltas.budget import Choice, Option, cheapest, cost, moves, within
@@ -27,10 +27,9 @@ from compression_worker.deltas.moments import (
     read_samples_of,
     samples_file,
 )
-from compression_worker.deltas.pair import open_pair, opened, whole_delta
+from compression_worker.deltas.pair import architecture_of, open_pair, opened, whole_delta
 from compression_worker.deltas.rows import CODINGS, rows_losses
 from compression_worker.deltas.sensitivity import BATCH, LENGTH, WINDOWS, sense
-from compression_worker.distillation import Batch
 from compression_worker.methods.bitdelta.coding import Coding, encode
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.methods.bitdelta.foretell import foretold_bytes
@@ -53,8 +52,8 @@ def sense_step(context: StepContext) -> StepOutput:
     with opened(context, "variant") as variant:
         windows = calibration_windows(context, variant, length=LENGTH, needed=WINDOWS)
         model = load_model(variant, device=context.device, dtype=torch.float32)
-        batches = (_on(windows.batch(at, BATCH), context.device) for at in range(WINDOWS // BATCH))
-        memory = describe(variant.manifest["config"]).renamed_for(variant.manifest["tensors"]).memory
+        batches = (windows.batch(at, BATCH).to(context.device) for at in range(WINDOWS // BATCH))
+        memory = architecture_of(variant).memory
         sensed = sense(model, [name for block in blocks for name in block], batches, _watching(context), memory)
     blobs = {"moments": _written(context, moments_file(sensed.moments))}
     for number, block in enumerate(blocks):
@@ -300,7 +299,3 @@ def _words(codings: Mapping[str, Json], rows: Mapping[str, str], target: Json) -
 
 def _watching(context: StepContext) -> Callable[[int], None]:
     return lambda done: context.progress(done, WINDOWS // BATCH, "batches")
-
-
-def _on(batch: Batch, device: str) -> Batch:
-    return Batch(batch.tokens.to(device), batch.real.to(device))

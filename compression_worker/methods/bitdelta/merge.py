@@ -12,7 +12,7 @@ from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json
 from compression_worker.deltas.loading import dense_model, pack_modules
-from compression_worker.deltas.merged import Merged, own_files
+from compression_worker.deltas.merged import Merged
 from compression_worker.methods.bitdelta.coding import Coding, decode
 from compression_worker.methods.bitdelta.layout import (
     FINE,
@@ -35,18 +35,13 @@ class MergedSigns(Merged):
 
     def __init__(self, base: Checkpoint, artifact: Artifact) -> None:
         finer = artifact.manifest["layout"].get("version") == FINER_LAYOUT["version"]
-        self._codes = own_files(artifact)
         with TensorFile(artifact.paths[SCALES_FILE]) as file:
             self._vectors = {name: file.tensor(name) for name in file.entries}
         super().__init__(base, artifact, FINER_LAYOUT if finer else LAYOUT, {"sign": self})
 
-    def __exit__(self, *error: Any) -> None:
-        self._codes.__exit__(*error)
-        super().__exit__(*error)
-
     def codes(self, name: str) -> torch.Tensor:
         """The packed signs of a block linear: ``(ceil(K/32), N)``, or stacked ``(masks, ceil(K/32), N)``."""
-        packed = self._codes.file(name).tensor(name)
+        packed = self._own.file(name).tensor(name)
         entry = self.table[name]
         outputs, inputs = sides_of(entry)
         masks = coding_of(entry).masks
@@ -83,7 +78,7 @@ class MergedSigns(Merged):
 
     def _finer(self, name: str, entry: Json, base: TensorFile, coding: Coding) -> Iterator[torch.Tensor]:
         outputs, inputs = sides_of(entry)
-        file = self._codes.file(name)
+        file = self._own.file(name)
         none = torch.zeros(0)
         left, right = (file.tensor(f"{name}#{side}") if coding.rank else none for side in ("left", "right"))
         packed = self.codes(name).view(coding.masks, words_for(inputs), outputs)

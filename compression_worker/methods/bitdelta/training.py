@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from compression_worker.architecture import describe
 from compression_worker.checkpoints import Checkpoint, load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.deltas.calibration import calibration_windows
+from compression_worker.deltas.pair import architecture_of
 from compression_worker.deltas.rows import RowsReader
 from compression_worker.deltas.table import ROWS_FILE, six_digits
 from compression_worker.distillation import Adam, Batch, Windows, distill, scheduled
@@ -139,8 +139,8 @@ def _student(
         matrices = _matrices(context, files, lines, layers)
         rows = _coded_rows(context, files)
     model: Any = load_model(variant, device=context.device, dtype=torch.float32)
-    architecture = describe(variant.manifest["config"]).renamed_for(variant.manifest["tensors"])
-    return Student(model, matrices, [values_of(line) for line in lines.values()], rows, architecture)
+    counts = [values_of(line) for line in lines.values()]
+    return Student(model, matrices, counts, rows, architecture_of(variant))
 
 
 def _matrices(
@@ -184,5 +184,4 @@ def _coded_rows(context: StepContext, base: TensorFiles) -> dict[str, torch.Tens
 
 def _batches(windows: Windows, config: BitDeltaConfig, first: int, device: str) -> Iterator[Batch]:
     for step in range(first, config.distill_steps):
-        batch = windows.batch(step, config.batch_size)
-        yield Batch(batch.tokens.to(device), batch.real.to(device))
+        yield windows.batch(step, config.batch_size).to(device)

@@ -9,14 +9,14 @@ from typing import Any, Self
 
 import torch
 
-from compression_worker.architecture import Linear, describe
+from compression_worker.architecture import Linear
 from compression_worker.checkpoints import load_model
 from compression_worker.contracts import StepContext
 from compression_worker.deltas.budget import Choice
 from compression_worker.deltas.calibration import calibration_windows
 from compression_worker.deltas.loading import module_path
 from compression_worker.deltas.moments import read_inputs
-from compression_worker.deltas.pair import open_pair, opened, whole_delta
+from compression_worker.deltas.pair import architecture_of, open_pair, opened, whole_delta
 from compression_worker.deltas.rows import CODINGS, merged_rows
 from compression_worker.distillation import Batch
 from compression_worker.methods.bitdelta.coding import decode, encode
@@ -41,7 +41,7 @@ class Trial:
         self._model: Any = load_model(variant, device=context.device, dtype=torch.float32)
         self._model.requires_grad_(False)
         modules = dict(self._model.named_modules())
-        own = describe(variant.manifest["config"]).renamed_for(variant.manifest["tensors"]).memory
+        own = architecture_of(variant).memory
         self._owners = {
             name: modules[module_path(own.get(name, name), modules, self._model.base_model_prefix)]
             for name in [*linears, *rows]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -11,7 +10,7 @@ from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import Json
 from compression_worker.deltas.loading import dense_model
-from compression_worker.deltas.merged import Merged, own_files
+from compression_worker.deltas.merged import Merged
 from compression_worker.methods.deltadq.layout import GRIDS_FILE, LAYOUT, SCALES, ZEROS, sides_of
 from compression_worker.methods.deltadq.quantize import Dropout, Grid, delta_tiles, loaded
 from compression_worker.tensors import TensorFile
@@ -22,14 +21,9 @@ class MergedSparse(Merged):
 
     def __init__(self, base: Checkpoint, artifact: Artifact) -> None:
         super().__init__(base, artifact, LAYOUT, {"sparse": self})
-        self._codes = own_files(artifact)
         self._seed = artifact.manifest["seed"]
         with TensorFile(artifact.paths[GRIDS_FILE]) as file:
             self._scales, self._zeros = file.tensor(SCALES), file.tensor(ZEROS)
-
-    def __exit__(self, *error: Any) -> None:
-        self._codes.__exit__(*error)
-        super().__exit__(*error)
 
     def dropout(self, name: str) -> Dropout:
         """What the mask of a linear is made from."""
@@ -44,7 +38,7 @@ class MergedSparse(Merged):
         """The survivors' codes, uint8 ``(N, kept)``, or their values in bf16."""
         entry = self.table[name]
         outputs, inputs = sides_of(entry)
-        data = self._codes.file(name).tensor(name).numpy().tobytes()
+        data = self._own.file(name).tensor(name).numpy().tobytes()
         return loaded(data, entry["coding"], entry["bits"], outputs, self.dropout(name).kept(inputs))
 
     def delta(self, name: str) -> Iterator[torch.Tensor]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from compression_worker.architecture import Linear, describe
+from compression_worker.architecture import Linear
 from compression_worker.checkpoints import load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.deltas.calibration import calibration_windows
 from compression_worker.deltas.loading import module_path
-from compression_worker.deltas.pair import open_pair, opened, whole_delta
+from compression_worker.deltas.pair import architecture_of, open_pair, opened, whole_delta
 from compression_worker.deltas.table import six_digits
 from compression_worker.methods.deltadq.config import DeltaDQConfig
 from compression_worker.methods.deltadq.quantize import Dropout, delta_tiles, survivors
@@ -36,18 +36,18 @@ def search_step(context: StepContext) -> StepOutput:
     variant = opened(context, "variant")
     windows = calibration_windows(context, variant, length=LENGTH, needed=WINDOWS)
     model = load_model(variant, device=context.device, dtype=torch.float32)
-    own = describe(variant.manifest["config"]).renamed_for(variant.manifest["tensors"]).memory
+    own = architecture_of(variant).memory
     seen = _inputs(model, linears, [windows.batch(at, 1).tokens.to(context.device) for at in range(WINDOWS)], own)
     error, criterion = _criterion(config, model, linears, seen, context, own)
     sizes = candidates(config.alpha, max(linear.inputs for linear in linears))
     errors: dict[int, float] = {}
+    with open_pair(context, []) as (base, theirs):
+        deltas = {linear.name: whole_delta(linear, base, theirs) for linear in linears}
     for size in sizes:
-        with open_pair(context, []) as (base, theirs):
-            hats = {
-                linear.name: _hat(linear, index, whole_delta(linear, base, theirs), config, size, context.spec.seed)
-                for index, linear in enumerate(linears)
-            }
-            deltas = {linear.name: whole_delta(linear, base, theirs) for linear in linears}
+        hats = {
+            linear.name: _hat(linear, index, deltas[linear.name], config, size, context.spec.seed)
+            for index, linear in enumerate(linears)
+        }
         errors[size] = error(deltas, hats)
         context.progress(len(errors), len(sizes), "group sizes")
     best = min(sizes, key=lambda size: (errors[size], size))
