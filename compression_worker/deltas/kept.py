@@ -13,13 +13,12 @@ from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import Json, StepContext, StepOutput
 from compression_worker.deltas.pair import opened
 from compression_worker.deltas.rows import CodedRows, code_rows, pieces_specs, rows_entry
-from compression_worker.deltas.table import RAW_FILE, ROWS_FILE, relative_error
+from compression_worker.deltas.table import RAW_FILE, ROWS_FILE, relative_error, same_as_base
 from compression_worker.faults import failpoint
 from compression_worker.tensors import Spec, TensorFiles, checkpoint_files, raw_bytes, write_file
 
 BY_ROW = ("embeddings", "head")
 """Parts that may be coded by row."""
-_IDENTITY = ("dtype", "shape", "sha256")
 
 
 def keep_rest(context: StepContext, codings: Mapping[str, str]) -> StepOutput:
@@ -33,7 +32,7 @@ def keep_rest(context: StepContext, codings: Mapping[str, str]) -> StepOutput:
     parts, aliases = context.spec.params["parts"], dict(variant.manifest["aliases"])
     ours, theirs = base.manifest["tensors"], variant.manifest["tensors"]
     kept = [name for name in sorted(theirs) if parts.get(name) != "linears" and name not in aliases]
-    same = [name for name in kept if all(theirs[name][key] == ours.get(name, {}).get(key) for key in _IDENTITY)]
+    same = [name for name in kept if same_as_base(ours.get(name), theirs[name])]
     chosen = {
         name: coding for name in kept if name not in same and (coding := _coding(name, parts, codings, base, variant))
     }

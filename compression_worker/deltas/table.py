@@ -39,6 +39,22 @@ def base_entry(spec: Spec, sha256: str) -> Json:
     return {"kind": "base", "dtype": spec.dtype, "shape": list(spec.shape), "sha256": sha256}
 
 
+def same_as_base(ours: Json | None, theirs: Json) -> bool:
+    """Whether two manifests' lines of a tensor name the same bytes of the same shape."""
+    return ours is not None and all(theirs[key] == ours[key] for key in ("dtype", "shape", "sha256"))
+
+
+def codes_file(block: int) -> str:
+    """The file that holds the codes of transformer block ``block``."""
+    return f"codes-{block:05d}.safetensors"
+
+
+def sides_of(entry: Json) -> tuple[int, int]:
+    """``(N, K)`` of the linear that a line stands for."""
+    first, second = entry["shape"]
+    return (second, first) if entry.get("transposed") else (first, second)
+
+
 def six_digits(value: float) -> float:
     """Figures are for people: six significant digits, so that they do not fill the manifest."""
     return float(f"{value:.6g}")

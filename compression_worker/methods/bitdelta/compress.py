@@ -29,6 +29,7 @@ from compression_worker.deltas.assembly import Parcel, assemble
 from compression_worker.deltas.kept import BY_ROW, keep_rest
 from compression_worker.deltas.moments import read_inputs
 from compression_worker.deltas.pair import check_pair, open_pair, opened, whole_delta
+from compression_worker.deltas.table import codes_file
 from compression_worker.deltas.threads import each, one_thread_per_operation
 from compression_worker.faults import failpoint
 from compression_worker.methods.bitdelta import layout
@@ -140,7 +141,7 @@ def layer_step(context: StepContext) -> StepOutput:
     for name, line in coded.items():
         if not line["sum_squares"]:
             context.log(f"'{name}' is equal in base and variant: its scale is 0", "warning")
-    blobs = {layout.codes_file(linears[0].block): blob.digest}
+    blobs = {codes_file(linears[0].block): blob.digest}
     return StepOutput(blobs=blobs | _fine_blob(context, fine), data={"linears": coded})
 
 

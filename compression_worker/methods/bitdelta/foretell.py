@@ -16,16 +16,17 @@ from compression_worker.deltas.table import (
     ROWS_FILE,
     base_entry,
     book,
+    codes_file,
     file_line,
     file_size,
     raw_entry,
+    same_as_base,
 )
 from compression_worker.methods.bitdelta import layout
 from compression_worker.methods.bitdelta.coding import Coding
 from compression_worker.tensors import Spec
 
 TYPICAL = 0.00123456
-_IDENTITY = ("dtype", "shape", "sha256")
 
 
 def foretold_bytes(context: StepContext, codings: Mapping[str, Coding], rows: Mapping[str, tuple[str, int]]) -> int:
@@ -43,7 +44,7 @@ def foretold_bytes(context: StepContext, codings: Mapping[str, Coding], rows: Ma
             continue
         spec = Spec(tensor["dtype"], tuple(tensor["shape"]))
         coding, size = rows.get(name, ("raw", 0))
-        if all(tensor[key] == ours.get(name, {}).get(key) for key in _IDENTITY):
+        if same_as_base(ours.get(name), tensor):
             tensors[name] = base_entry(spec, DIGEST)
         elif coding == "raw":
             tensors[name] = raw_entry(spec, parts.get(name, "other"), DIGEST)
@@ -57,7 +58,7 @@ def foretold_bytes(context: StepContext, codings: Mapping[str, Coding], rows: Ma
     files = {name: file_line(sizes[name]["size"]) for name in side}
     for block in {linear.block for linear in linears}:
         members = [(linear, codings[linear.name]) for linear in linears if linear.block == block]
-        files[layout.codes_file(block)] = file_line(file_size(layout.codes_specs(members)))
+        files[codes_file(block)] = file_line(file_size(layout.codes_specs(members)))
     files[layout.SCALES_FILE] = file_line(file_size(layout.scales_specs(plain, fine)))
     files[RAW_FILE] = file_line(file_size(raw))
     if by_row:

@@ -16,7 +16,16 @@ from compression_worker import ledger
 from compression_worker.architecture import Linear, describe
 from compression_worker.artifact import make_manifest
 from compression_worker.contracts import Json
-from compression_worker.deltas.table import DIGEST, RAW_FILE, book, file_line, file_size, raw_entry
+from compression_worker.deltas.table import (
+    DIGEST,
+    RAW_FILE,
+    book,
+    codes_file,
+    file_line,
+    file_size,
+    raw_entry,
+    sides_of,
+)
 from compression_worker.methods.bitdelta.coding import Coding
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.tensors import Spec
@@ -27,10 +36,6 @@ SCALES, FINE = "scales", "fine"
 LAYOUT: Json = {"name": "signs-along-k", "version": 1, "word_bits": 32, "lowest_bit_first": True, "sign_of_zero": 1}
 FINER_LAYOUT: Json = LAYOUT | {"version": 2}
 """Of artifacts that hold any line with a coding of its own; all others stay as the first release wrote them."""
-
-
-def codes_file(block: int) -> str:
-    return f"codes-{block:05d}.safetensors"
 
 
 def codes_specs(linears: Iterable[tuple[Linear, Coding]]) -> dict[str, Spec]:
@@ -73,12 +78,6 @@ def sign_entry(linear: Linear, dtype: str, place: int, sha256: str, coding: Codi
 def coding_of(entry: Json) -> Coding:
     """How a line's linear is coded."""
     return Coding(**entry["coding"]) if "coding" in entry else Coding()
-
-
-def sides_of(entry: Json) -> tuple[int, int]:
-    """``(N, K)`` of a line's linear."""
-    first, second = entry["shape"]
-    return (second, first) if entry.get("transposed") else (first, second)
 
 
 def weigh(entry: Json) -> tuple[Mapping[str, int], int]:

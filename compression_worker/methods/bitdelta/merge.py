@@ -13,6 +13,7 @@ from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json
 from compression_worker.deltas.loading import dense_model, pack_modules
 from compression_worker.deltas.merged import Merged
+from compression_worker.deltas.table import sides_of
 from compression_worker.methods.bitdelta.coding import Coding, decode
 from compression_worker.methods.bitdelta.layout import (
     FINE,
@@ -21,7 +22,6 @@ from compression_worker.methods.bitdelta.layout import (
     SCALES,
     SCALES_FILE,
     coding_of,
-    sides_of,
 )
 from compression_worker.tensors import TensorFile
 from kernels.packing import WORD_BITS, unpack_signs, words_for

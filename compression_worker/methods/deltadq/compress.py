@@ -23,7 +23,7 @@ from compression_worker.contracts import CompressionError, Json, PlannedStep, St
 from compression_worker.deltas.assembly import Parcel, assemble
 from compression_worker.deltas.kept import BY_ROW, keep_rest
 from compression_worker.deltas.pair import check_pair, open_pair, opened, whole_delta
-from compression_worker.deltas.table import relative_error
+from compression_worker.deltas.table import codes_file, relative_error, sides_of
 from compression_worker.deltas.threads import each, one_thread_per_operation
 from compression_worker.methods.deltadq import layout
 from compression_worker.methods.deltadq.config import UNQUANTIZED, DeltaDQConfig
@@ -104,7 +104,7 @@ def layer_step(context: StepContext) -> StepOutput:
             context.log(f"'{name}' is equal in base and variant: its survivors are 0", "warning")
     with context.store.writer() as blob:
         write_file(blob, tensors)
-    return StepOutput(blobs={layout.codes_file(linears[0].block): blob.digest}, data={"linears": lines})
+    return StepOutput(blobs={codes_file(linears[0].block): blob.digest}, data={"linears": lines})
 
 
 def rest_step(context: StepContext) -> StepOutput:
@@ -243,7 +243,7 @@ def _figures(
     ]
     whole = stored_bytes = csr = 0
     for entry in table.values():
-        outputs, inputs = layout.sides_of(entry)
+        outputs, inputs = sides_of(entry)
         kept = outputs * Dropout(seed=0, tensor=0, alpha=entry["alpha"], group_size=entry["group_size"]).kept(inputs)
         whole += outputs * inputs * ITEM_SIZES[entry["dtype"]]
         stored_bytes += entry["bytes"] + 8

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from compression_worker.architecture import Linear
 from compression_worker.contracts import Json
+from compression_worker.deltas.table import codes_file, sides_of
 from compression_worker.tensors import Spec
 
 GRIDS_FILE = "grids.safetensors"
@@ -25,10 +26,6 @@ LAYOUT: Json = {
     "rule": "the ceil(size / alpha) smallest keys of a group survive, ties by the lower index",
     "lowest_bit_first": True,
 }
-
-
-def codes_file(block: int) -> str:
-    return f"codes-{block:05d}.safetensors"
 
 
 def grids_specs(count: int) -> dict[str, Spec]:
@@ -52,12 +49,6 @@ def sparse_entry(linear: Linear, dtype: str, place: int, line: Json) -> Json:
         "sha256": line["sha256"],
     }
     return entry | {"transposed": True} if linear.transposed else entry
-
-
-def sides_of(entry: Json) -> tuple[int, int]:
-    """``(N, K)`` of a line's linear."""
-    first, second = entry["shape"]
-    return (second, first) if entry.get("transposed") else (first, second)
 
 
 def weigh(entry: Json) -> tuple[Mapping[str, int], int]:
