@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import Json, StepContext, StepOutput
-from compression_worker.deltas.pair import opened
 from compression_worker.deltas.rows import CodedRows, code_rows, pieces_specs, rows_entry
-from compression_worker.deltas.table import RAW_FILE, ROWS_FILE, relative_error, same_as_base
 from compression_worker.faults import failpoint
+from compression_worker.making.inputs import opened
+from compression_worker.making.table import RAW_FILE, ROWS_FILE, relative_error, same_as_base
 from compression_worker.tensors import Spec, TensorFiles, checkpoint_files, raw_bytes, write_file
 
 BY_ROW = ("embeddings", "head")

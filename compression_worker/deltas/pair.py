@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 
 import torch
 
 from compression_worker.architecture import Architecture, Linear, describe
 from compression_worker.checkpoints import Checkpoint, tokenizer_differs
 from compression_worker.contracts import CompressionError, Json, StepContext
-from compression_worker.store import Store
+from compression_worker.making.inputs import architecture_of, opened
 from compression_worker.tensors import TensorFiles, checkpoint_files
 
 
@@ -33,22 +32,6 @@ def check_pair(base: Checkpoint, variant: Checkpoint, context: StepContext) -> A
         _check_linear(linear, ours["tensors"].get(linear.name), theirs["tensors"].get(linear.name))
     _say_what_differs(base, variant, architecture, context)
     return architecture
-
-
-def architecture_of(checkpoint: Checkpoint) -> Architecture:
-    """What a checkpoint's config.json promises, under the names that its tensors have."""
-    return describe(checkpoint.manifest["config"]).renamed_for(checkpoint.manifest["tensors"])
-
-
-def opened(context: StepContext, name: str) -> Checkpoint:
-    """The checkpoint given as input ``name``."""
-    return _opened(context.store, context.spec.inputs[name])
-
-
-@lru_cache(maxsize=4)
-def _opened(store: Store, digest: str) -> Checkpoint:
-    """Remembered, because every layer of a job asks for the same two manifests."""
-    return Checkpoint.open(store, digest)
 
 
 @contextlib.contextmanager

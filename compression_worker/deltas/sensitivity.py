@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from compression_worker.contracts import CompressionError
-from compression_worker.deltas.loading import module_path
 from compression_worker.deltas.moments import Moments, Samples
 from compression_worker.distillation import Batch
+from compression_worker.making.loading import module_path
 
 WINDOWS, LENGTH, BATCH = 32, 24, 8
 """Windows of calibration text that are looked at, their tokens, and how many windows at a time."""

@@ -18,7 +18,6 @@ from compression_worker.architecture import Linear
 from compression_worker.checkpoints import load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.deltas.budget import Choice, Option, cheapest, cost, moves, within
-from compression_worker.deltas.calibration import calibration_windows
 from compression_worker.deltas.kept import BY_ROW
 from compression_worker.deltas.moments import (
     Samples,
@@ -27,9 +26,11 @@ from compression_worker.deltas.moments import (
     read_samples_of,
     samples_file,
 )
-from compression_worker.deltas.pair import architecture_of, open_pair, opened, whole_delta
+from compression_worker.deltas.pair import open_pair, whole_delta
 from compression_worker.deltas.rows import CODINGS, rows_losses
 from compression_worker.deltas.sensitivity import BATCH, LENGTH, WINDOWS, sense
+from compression_worker.making.calibration import calibration_windows
+from compression_worker.making.inputs import architecture_of, opened
 from compression_worker.methods.bitdelta.coding import Coding, encode
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.methods.bitdelta.foretell import foretold_bytes

@@ -25,13 +25,14 @@ from compression_worker.architecture import Architecture, Linear
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput, sha256
-from compression_worker.deltas.assembly import Parcel, assemble
 from compression_worker.deltas.kept import BY_ROW, keep_rest
 from compression_worker.deltas.moments import read_inputs
-from compression_worker.deltas.pair import check_pair, open_pair, opened, whole_delta
-from compression_worker.deltas.table import codes_file
-from compression_worker.deltas.threads import each, one_thread_per_operation
+from compression_worker.deltas.pair import check_pair, open_pair, whole_delta
 from compression_worker.faults import failpoint
+from compression_worker.making.assembly import Parcel, assemble
+from compression_worker.making.inputs import opened
+from compression_worker.making.table import codes_file
+from compression_worker.making.threads import each, one_thread_per_operation
 from compression_worker.methods.bitdelta import layout
 from compression_worker.methods.bitdelta.choose import choose_step, measure_step, sense_step
 from compression_worker.methods.bitdelta.coding import Coded, Coding, encode

@@ -10,7 +10,7 @@ import torch
 from compression_worker.architecture import Linear
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import Json, StepContext, StepOutput
-from compression_worker.deltas.table import relative_error, six_digits
+from compression_worker.making.table import relative_error, six_digits
 from compression_worker.methods.bitdelta import layout
 from compression_worker.methods.bitdelta.coding import Coding
 from compression_worker.tensors import TensorFile

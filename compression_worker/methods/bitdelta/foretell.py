@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from compression_worker.architecture import Linear
 from compression_worker.artifact import make_manifest
 from compression_worker.contracts import Json, StepContext
-from compression_worker.deltas.assembly import side_files
-from compression_worker.deltas.pair import opened
 from compression_worker.deltas.rows import pieces_shapes
-from compression_worker.deltas.table import (
+from compression_worker.making.assembly import side_files
+from compression_worker.making.inputs import opened
+from compression_worker.making.table import (
     DIGEST,
     RAW_FILE,
     ROWS_FILE,

@@ -16,7 +16,7 @@ from compression_worker import ledger
 from compression_worker.architecture import Linear, describe
 from compression_worker.artifact import make_manifest
 from compression_worker.contracts import Json
-from compression_worker.deltas.table import (
+from compression_worker.making.table import (
     DIGEST,
     RAW_FILE,
     book,

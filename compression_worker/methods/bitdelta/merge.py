@@ -11,9 +11,9 @@ from compression_worker.architecture import describe
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json
-from compression_worker.deltas.loading import dense_model, pack_modules
 from compression_worker.deltas.merged import Merged
-from compression_worker.deltas.table import sides_of
+from compression_worker.making.loading import dense_model, pack_modules
+from compression_worker.making.table import sides_of
 from compression_worker.methods.bitdelta.coding import Coding, decode
 from compression_worker.methods.bitdelta.layout import (
     FINE,

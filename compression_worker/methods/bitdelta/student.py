@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from compression_worker.architecture import Architecture
-from compression_worker.deltas.loading import module_path
 from compression_worker.distillation import Batch, logit_loss
+from compression_worker.making.loading import module_path
 from compression_worker.methods.bitdelta.matrices import Matrix
 from compression_worker.methods.bitdelta.stacks import StackedLinear, stacked_linears
 

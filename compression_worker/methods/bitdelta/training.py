@@ -15,11 +15,11 @@ import torch
 
 from compression_worker.checkpoints import Checkpoint, load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
-from compression_worker.deltas.calibration import calibration_windows
-from compression_worker.deltas.pair import architecture_of
 from compression_worker.deltas.rows import RowsReader
-from compression_worker.deltas.table import ROWS_FILE, six_digits
 from compression_worker.distillation import Adam, Batch, Windows, distill, scheduled
+from compression_worker.making.calibration import calibration_windows
+from compression_worker.making.inputs import architecture_of
+from compression_worker.making.table import ROWS_FILE, six_digits
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.methods.bitdelta.finish import coding_of, initial_scales, values_of
 from compression_worker.methods.bitdelta.matrices import Matrix

@@ -13,12 +13,13 @@ from compression_worker.architecture import Linear
 from compression_worker.checkpoints import load_model
 from compression_worker.contracts import StepContext
 from compression_worker.deltas.budget import Choice
-from compression_worker.deltas.calibration import calibration_windows
-from compression_worker.deltas.loading import module_path
 from compression_worker.deltas.moments import read_inputs
-from compression_worker.deltas.pair import architecture_of, open_pair, opened, whole_delta
+from compression_worker.deltas.pair import open_pair, whole_delta
 from compression_worker.deltas.rows import CODINGS, merged_rows
 from compression_worker.distillation import Batch
+from compression_worker.making.calibration import calibration_windows
+from compression_worker.making.inputs import architecture_of, opened
+from compression_worker.making.loading import module_path
 from compression_worker.methods.bitdelta.coding import decode, encode
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.methods.bitdelta.options import fitted

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from compression_worker.architecture import Linear
 from compression_worker.contracts import Json
-from compression_worker.deltas.table import codes_file, sides_of
+from compression_worker.making.table import codes_file, sides_of
 from compression_worker.tensors import Spec
 
 GRIDS_FILE = "grids.safetensors"

@@ -9,9 +9,9 @@ import torch
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import Json
-from compression_worker.deltas.loading import dense_model
 from compression_worker.deltas.merged import Merged
-from compression_worker.deltas.table import sides_of
+from compression_worker.making.loading import dense_model
+from compression_worker.making.table import sides_of
 from compression_worker.methods.deltadq.layout import GRIDS_FILE, LAYOUT, SCALES, ZEROS
 from compression_worker.methods.deltadq.quantize import Dropout, Grid, delta_tiles, loaded
 from compression_worker.tensors import TensorFile

@@ -17,10 +17,11 @@ import torch
 from compression_worker.architecture import Linear
 from compression_worker.checkpoints import load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
-from compression_worker.deltas.calibration import calibration_windows
-from compression_worker.deltas.loading import module_path
-from compression_worker.deltas.pair import architecture_of, open_pair, opened, whole_delta
-from compression_worker.deltas.table import six_digits
+from compression_worker.deltas.pair import open_pair, whole_delta
+from compression_worker.making.calibration import calibration_windows
+from compression_worker.making.inputs import architecture_of, opened
+from compression_worker.making.loading import module_path
+from compression_worker.making.table import six_digits
 from compression_worker.methods.deltadq.config import DeltaDQConfig
 from compression_worker.methods.deltadq.quantize import Dropout, delta_tiles, survivors
 

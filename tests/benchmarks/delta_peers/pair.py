@@ -11,7 +11,7 @@ import torch
 
 from compression_worker.architecture import Architecture, describe
 from compression_worker.checkpoints import Checkpoint, attach_folder, load_model, load_tokenizer, require_pair
-from compression_worker.deltas.assembly import side_files
+from compression_worker.making.assembly import side_files
 from compression_worker.store import Store
 
 

@@ -1,4 +1,4 @@
-"""The last step of a delta method: every file hashed once more, the manifest, and what a job records of it."""
+"""The last step of every method: every file hashed once more, the manifest, and what a job records of it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from compression_worker import gate
 from compression_worker.artifact import MANIFEST, Artifact, make_manifest
 from compression_worker.checkpoints import VOCABULARY_FILES, Checkpoint
 from compression_worker.contracts import CODE_VERSION, Json, StepContext, StepOutput
-from compression_worker.deltas.pair import opened
-from compression_worker.deltas.table import Weigh, base_entry, book, raw_entry
-from compression_worker.deltas.threads import each
 from compression_worker.faults import failpoint
+from compression_worker.making.inputs import opened
+from compression_worker.making.table import Weigh, base_entry, book, raw_entry
+from compression_worker.making.threads import each
 from compression_worker.tensors import Spec
 
 

@@ -11,23 +11,25 @@ import torch
 from compression_worker.architecture import parsed
 from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError
-from compression_worker.deltas.merged import Merged
+from compression_worker.making.reading import ArtifactTensors
 from compression_worker.tensors import DTYPES
 
 PackedModule = Callable[[str, Any], torch.nn.Module | None]
 """Name of a weight and the linear that holds the base's -> the module that keeps it packed, or None to merge it."""
 
 
-def dense_model(merged: Merged, dtype: torch.dtype | None, leave: Callable[[str], bool] = lambda name: False) -> Any:
-    """The variant's architecture with merged weights; those that ``leave`` names hold the base's weight.
+def dense_model(
+    made: ArtifactTensors, dtype: torch.dtype | None, leave: Callable[[str], bool] = lambda name: False
+) -> Any:
+    """The model's architecture with dense weights; those that ``leave`` names hold a placeholder.
 
     ``dtype`` None keeps the variant's own.
     """
     weights = {}
-    for name, entry in merged.table.items():
+    for name, entry in made.table.items():
         own = dtype or DTYPES[entry["dtype"]]
-        weights[name] = merged.base_tensor(name).to(own) if leave(name) else merged.tensor(name, own)
-    return _filled(merged.artifact, weights, dtype)
+        weights[name] = made.placeholder(name).to(own) if leave(name) else made.tensor(name, own)
+    return _filled(made.artifact, weights, dtype)
 
 
 def pack_modules(model: Any, names: Mapping[str, str], packed: PackedModule) -> None:
