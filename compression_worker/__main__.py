@@ -74,18 +74,18 @@ def _add_methods(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_compress(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "compress",
-        help="make an artifact from a base and its fine-tune",
+        help="make an artifact from a model, or from a base and its fine-tune",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_settings_help(),
     )
     parser.add_argument("method", choices=sorted(catalog.METHODS), metavar="METHOD", help="a name that 'methods' lists")
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base, a Hugging Face folder")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="the base, for a method that compresses a difference")
     parser.add_argument(
         "--model",
         type=Path,
         required=True,
         metavar="DIR",
-        help="its fine-tune: a Hugging Face folder, or a PEFT adapter",
+        help="what is compressed: a Hugging Face folder, or a PEFT adapter of the base",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the artifact")
     parser.add_argument("--data", type=Path, metavar="FILE", help="calibration text: TXT, or JSONL with 'text'")
@@ -123,7 +123,7 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _add_restore(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("restore", help="write an artifact or an escrow as a Hugging Face folder")
     _add_artifact(parser)
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base it was made against")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="the base it was made against, if there is one")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the model")
     _add_json(parser)
     parser.set_defaults(run=_restore)

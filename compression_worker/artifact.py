@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = "deltaworks-artifact-1"
 MANIFEST = "manifest.json"
-KINDS = frozenset({"sign", "sparse", "rows", "raw", "base"})
+KINDS = frozenset({"sign", "sparse", "rows", "raw", "base", "grid", "lattice"})
 SHARD_BYTES = 5_000_000_000
 KEYS = frozenset(
     {
@@ -41,6 +41,8 @@ KEYS = frozenset(
 )
 SHARED = "shared"
 """Optional key: side files that are the base's own and lie in no file of the artifact, by name."""
+QUANTIZATION = "quantization_config"
+"""What config.json of an artifact that transformers loads by itself says more than the checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,27 @@ class Artifact:
         paths = {name: store.path(entry["sha256"]) for name, entry in listed.items()}
         return cls(manifest, len(raw), digest, paths)
 
-    def with_base(self, base: Checkpoint) -> Artifact:
+    def with_base(self, base: Checkpoint | None) -> Artifact:
         """The same with the side files that it shares with ``base``, which has to be its base."""
         self.require_base(base)
+        if base is None or self.stands_alone:
+            return self
         shared = self.manifest.get(SHARED, {})
         paths = {name: base.store.path(entry["sha256"]) for name, entry in shared.items()}
         return replace(self, paths={**self.paths, **paths})
 
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the artifact holds the whole model, and not its difference from a base."""
+        return not catalog.method(self.manifest["method"]).needs_base
+
     @cached_property
     def config(self) -> Json:
-        """The variant's config.json."""
-        return gate.check_config("config.json", self.paths["config.json"].read_bytes())
+        """The config.json of the checkpoint that was compressed."""
+        said = gate.parse_json("config.json", self.paths["config.json"].read_bytes())
+        if self.stands_alone:
+            said.pop(QUANTIZATION, None)
+        return gate.check_config("config.json", canonical_json(said))
 
     @property
     def parts(self) -> list[Json]:
@@ -106,8 +118,12 @@ class Artifact:
             "variant_fingerprint": self.manifest["variant"]["fingerprint"],
         }
 
-    def require_base(self, base: Checkpoint) -> None:
-        """Refuse any base but the one that the delta was taken from."""
+    def require_base(self, base: Checkpoint | None) -> None:
+        """Refuse any base but the one that the delta was taken from; an artifact that stands alone needs none."""
+        if self.stands_alone:
+            return
+        if base is None:
+            raise CompressionError("missing_base", "this artifact is a difference from its base: name the base as well")
         wanted = self.manifest["base"]["fingerprint"]
         if base.fingerprint != wanted:
             raise CompressionError(
@@ -261,11 +277,11 @@ class NewFolder:
             ) from error
 
 
-def restore(base: Checkpoint, artifact: Artifact, out: Path, progress: Callable[[int, int, str], None]) -> None:
+def restore(base: Checkpoint | None, artifact: Artifact, out: Path, progress: Callable[[int, int, str], None]) -> None:
     """Write the compressed model to ``out`` as a plain Hugging Face folder, tensor by tensor.
 
-    Block linears are ``base + scale * sign`` in fp32, rounded once to the variant's dtype; all else is the variant's
-    own bytes.
+    Block linears are computed in fp32 and rounded once to the dtype they had; all else is the checkpoint's own bytes.
+    ``base`` may be None for an artifact that stands alone.
     """
     from compression_worker.tensors import write_file
 
@@ -276,6 +292,8 @@ def restore(base: Checkpoint, artifact: Artifact, out: Path, progress: Callable[
         shards = _shards(merged.specs())
         for name, path in artifact.side_files().items():
             _copy(path, folder / name)
+        if artifact.stands_alone:
+            (folder / "config.json").write_text(json.dumps(artifact.config, indent=2) + "\n", encoding="utf-8")
         total, done = len(merged.specs()), 0
         for index, names in enumerate(shards):
             with (folder / _shard_name(index, len(shards))).open("wb") as file:
@@ -290,29 +308,30 @@ def restore(base: Checkpoint, artifact: Artifact, out: Path, progress: Callable[
 
 def load_compressed_model(
     store: Store,
-    base_checkpoint: str,
+    base_checkpoint: str | None,
     artifact: str,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> torch.nn.Module:
     """The compressed model, ready to answer (eval mode, no gradients), from digests in the store.
 
-    ``base_checkpoint`` is the digest of the base's checkpoint manifest, ``artifact`` that of the artifact's
-    ``manifest.json``; both manifests and all their files are blobs of ``store``. Refuses (CompressionError
-    ``base_mismatch``) a base whose fingerprint is not the one that the artifact names, and (``damaged_artifact``) an
-    artifact whose files do not match their digests. ``dtype`` None keeps the variant's own dtype; float32 keeps the
-    sum ``base + scale * sign`` unrounded. On a CPU the weights are merged once and dense; on CUDA the block linears
-    stay packed and go through the ``binary_matmul`` kernel.
+    ``base_checkpoint`` is the digest of the base's checkpoint manifest (None for an artifact that stands alone),
+    ``artifact`` that of the artifact's ``manifest.json``; both manifests and all their files are blobs of ``store``.
+    Refuses (CompressionError ``base_mismatch``) a base whose fingerprint is not the one that the artifact names, and
+    (``damaged_artifact``) an artifact whose files do not match their digests. ``dtype`` None keeps the checkpoint's own
+    dtype; float32 keeps what was decoded unrounded. On a CPU the weights are made once and dense; on CUDA the block
+    linears stay packed where the method has a kernel.
 
     The tokenizer of the variant: :func:`load_artifact_tokenizer`.
     """
     from compression_worker.checkpoints import Checkpoint
 
-    return load_model(Checkpoint.open(store, base_checkpoint), Artifact.open_store(store, artifact), device, dtype)
+    base = Checkpoint.open(store, base_checkpoint) if base_checkpoint else None
+    return load_model(base, Artifact.open_store(store, artifact), device, dtype)
 
 
 def load_model(
-    base: Checkpoint, artifact: Artifact, device: str = "cpu", dtype: torch.dtype | None = None
+    base: Checkpoint | None, artifact: Artifact, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> torch.nn.Module:
     """As :func:`load_compressed_model`, for a base and an artifact that are open already."""
     artifact.require_base(base)

@@ -22,7 +22,8 @@ class Method:
     it, what it takes. ``config`` is a frozen dataclass free of torch, and so is ``forecast``: a module with
     ``estimate(config, inputs)`` for the pre-flight, and with ``cheaper(config)`` and ``calmer(config)``, the changes
     that usually help a job that does not fit or that diverged. ``implementation`` is a module with ``plan``,
-    ``compress`` and ``restore``.
+    ``compress`` and ``restore``. A method that does not need a base compresses one checkpoint by itself, and what it
+    makes stands alone.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Method:
     forecast: str
     when: str = ""
     costs: str = ""
+    needs_base: bool = True
 
     @property
     def words(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ Watch = Callable[[Json], None]
 def compress(
     name: str,
     *,
-    base: Path,
+    base: Path | None,
     model: Path,
     out: Path,
     config: Json,
@@ -37,12 +37,20 @@ def compress(
     device: str,
     watch: Watch,
 ) -> Json:
-    """Compress the fine-tune in ``model`` against ``base`` into the new folder ``out``; what ``inspect`` says of it."""
+    """Compress ``model`` into the new folder ``out``, against ``base`` where the method takes a difference.
+
+    What ``inspect`` says of it. An adapter in ``model`` is merged into ``base`` first, whatever the method.
+    """
     method(name).config_class()(**config)
+    if base is None and method(name).needs_base:
+        raise CompressionError(
+            "missing_base", f"{method(name).label} compresses the difference from a base: name it with --base"
+        )
     artifacts.require_new(out)
     with _workspace(out) as store, _plain_disk_error(out):
-        inputs = {"base": _attached(store, base, watch)}
-        inputs["variant"] = _attached(store, model, watch, base=inputs["base"])
+        under = {"base": _attached(store, base, watch)} if base else {}
+        inputs = {"variant": _attached(store, model, watch, base=under.get("base", ""))}
+        inputs |= under if method(name).needs_base else {}
         if data:
             inputs["calibration"] = store.write_bytes(_calibration(data))
         prepare_torch()
@@ -83,7 +91,7 @@ def verify(folder: Path, base: Path | None) -> Json:
     return {"ok": not problems, "problems": problems}
 
 
-def restore(folder: Path, *, base: Path, out: Path, watch: Watch) -> Json:
+def restore(folder: Path, *, base: Path | None, out: Path, watch: Watch) -> Json:
     """Write the compressed model as a Hugging Face folder to ``out``; how many tensors and bytes it has.
 
     From an escrow it is the very checkpoint: each file has the digest that it had.
@@ -91,8 +99,10 @@ def restore(folder: Path, *, base: Path, out: Path, watch: Watch) -> Json:
     found = _opened(folder)
     artifacts.require_new(out)
     with _workspace(out) as store, _plain_disk_error(out):
-        checkpoint = Checkpoint.open(store, _attached(store, base, watch))
+        checkpoint = Checkpoint.open(store, _attached(store, base, watch)) if base else None
         if isinstance(found, Escrow):
+            if checkpoint is None:
+                raise CompressionError("missing_base", "an escrow is a difference from its base: name it with --base")
             restore_folder(found, checkpoint, out, _progress(watch))
         else:
             artifacts.restore(checkpoint, found, out, _progress(watch))

@@ -105,12 +105,12 @@ def _load_target(context: StepContext, target: Path, base: Path | None) -> tuple
 
     if not (target / MANIFEST).is_file():
         return _load_checkpoint(context, target, base)
-    if base is None:
+    artifact = Artifact.open_folder(target)
+    if base is None and not artifact.stands_alone:
         raise CompressionError(
             "missing_base", f"'{target}' is an artifact: name the base that it belongs to with --base"
         )
-    artifact = Artifact.open_folder(target)
-    checkpoint = Checkpoint.open(context.store, attach_folder(context.store, base))
+    checkpoint = Checkpoint.open(context.store, attach_folder(context.store, base)) if base else None
     model = load_artifact_model(checkpoint, artifact, context.device, torch.float32)
     return model, load_artifact_tokenizer(artifact.with_base(checkpoint))
 

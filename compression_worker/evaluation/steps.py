@@ -46,13 +46,19 @@ def plan_step(context: StepContext) -> StepOutput:
 
 
 def _check_inputs(context: StepContext, inputs: Mapping[str, str]) -> None:
-    if "artifact" in inputs and "base" not in inputs:
+    if "artifact" in inputs and "base" not in inputs and not _stands_alone(context, inputs["artifact"]):
         raise CompressionError("missing_base", "an artifact is measured on top of its base: name the base as well")
     if "text" not in inputs and "choice" not in inputs:
         raise CompressionError("no_samples", "choose a text set, a choice set, or both: there is nothing to measure on")
     for kind, field in (("text", "text"), ("choice", "question")):
         if any(field not in sample for sample in _samples(context, kind)[:1]):
             raise CompressionError("wrong_set", f"the set given as {kind} set is of the other kind: choose another one")
+
+
+def _stands_alone(context: StepContext, artifact: str) -> bool:
+    from compression_worker.artifact import Artifact
+
+    return Artifact.open_store(context.store, artifact).stands_alone
 
 
 def _targets(context: StepContext, inputs: Mapping[str, str]) -> list[str]:
@@ -159,7 +165,9 @@ def load_target(context: StepContext, target: str) -> Any:
 
     inputs = context.spec.inputs
     if target == "compressed":
-        return load_compressed_model(context.store, inputs["base"], inputs["artifact"], context.device, torch.float32)
+        return load_compressed_model(
+            context.store, inputs.get("base"), inputs["artifact"], context.device, torch.float32
+        )
     return load_model(Checkpoint.open(context.store, inputs[target]), device=context.device, dtype=torch.float32)
 
 

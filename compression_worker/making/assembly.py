@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from compression_worker import gate
@@ -23,7 +23,8 @@ class Parcel:
 
     ``blobs`` are its own files, those of the rest step among them. ``libraries`` beside torch and safetensors decided
     the bytes. ``nominal_ratio`` is as the paper counts, where that is not by bytes. ``name_hint`` is what an artifact
-    is called until a person says otherwise.
+    is called until a person says otherwise. ``own_side`` are files of the method's own (by digest) that stand in the
+    place of the checkpoint's, or beside the weights as an index does.
     """
 
     method: str
@@ -36,13 +37,15 @@ class Parcel:
     name_hint: str
     libraries: tuple[str, ...] = ()
     nominal_ratio: float | None = None
+    own_side: Mapping[str, str] = field(default_factory=dict)
 
 
 def assemble(context: StepContext, parcel: Parcel) -> StepOutput:
     """Hash every file of the artifact again, write its manifest, and say what a job records."""
-    base, variant = (opened(context, name) for name in ("base", "variant"))
+    variant = opened(context, "variant")
+    base = opened(context, "base") if "base" in context.spec.inputs else None
     side, shared = side_files(base, variant)
-    blobs = {**parcel.blobs, **side}
+    blobs = {**parcel.blobs, **side, **parcel.own_side}
     for done, _ in enumerate(each()(context.store.verify, blobs.values()), start=1):
         context.progress(done, len(blobs), "files")
     files = {name: {"sha256": digest, "size": context.store.size(digest)} for name, digest in blobs.items()}
@@ -52,9 +55,9 @@ def assemble(context: StepContext, parcel: Parcel) -> StepOutput:
     return StepOutput(blobs={**blobs, MANIFEST: digest}, data=_result(context, digest, parcel.name_hint))
 
 
-def side_files(base: Checkpoint, variant: Checkpoint) -> tuple[dict[str, str], dict[str, Json]]:
+def side_files(base: Checkpoint | None, variant: Checkpoint) -> tuple[dict[str, str], dict[str, Json]]:
     """The variant's files beside its weights: those to store, by digest, and vocabularies that are the base's own."""
-    ours, theirs = base.manifest["files"], variant.manifest["files"]
+    ours, theirs = base.manifest["files"] if base else {}, variant.manifest["files"]
     names = [name for name in theirs if not name.endswith(".safetensors") and name not in (gate.INDEX_FILE, MANIFEST)]
     shared = {name: theirs[name] for name in names if name in VOCABULARY_FILES and ours.get(name) == theirs[name]}
     return {name: theirs[name]["sha256"] for name in names if name not in shared}, shared
@@ -63,7 +66,7 @@ def side_files(base: Checkpoint, variant: Checkpoint) -> tuple[dict[str, str], d
 def _manifest(
     context: StepContext,
     parcel: Parcel,
-    base: Checkpoint,
+    base: Checkpoint | None,
     variant: Checkpoint,
     files: Mapping[str, Json],
     side: Collection[str],
@@ -73,15 +76,15 @@ def _manifest(
     tensors = dict(parcel.lines) | dict(parcel.rest.data.get("rows", {}))
     for name, part in parcel.rest.data["raw"].items():
         tensors[name] = raw_entry(_spec(theirs[name]), part, theirs[name]["sha256"])
-    for name in parcel.rest.data["base"]:
+    for name in parcel.rest.data.get("base", []):
         tensors[name] = base_entry(_spec(theirs[name]), theirs[name]["sha256"])
     source = {"source_bytes": variant.manifest["weight_bytes"], "parameters": variant.manifest["parameters"]}
     return make_manifest(
         method=parcel.method,
         config=context.spec.params["config"],
         seed=context.spec.seed,
-        base={"fingerprint": base.fingerprint, "checkpoint": base.digest},
-        variant={"fingerprint": variant.fingerprint, "checkpoint": variant.digest},
+        base=_identity(base or variant),
+        variant=_identity(variant),
         files=files,
         tensors=tensors,
         aliases=variant.manifest["aliases"],
@@ -93,6 +96,11 @@ def _manifest(
         code_version=CODE_VERSION,
         libraries={name: version(name) for name in sorted({"safetensors", "torch", *parcel.libraries})},
     )
+
+
+def _identity(checkpoint: Checkpoint) -> Json:
+    """Which checkpoint is meant. An artifact that stands alone names the same one twice."""
+    return {"fingerprint": checkpoint.fingerprint, "checkpoint": checkpoint.digest}
 
 
 def _result(context: StepContext, digest: str, name_hint: str) -> Json:
