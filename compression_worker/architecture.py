@@ -93,7 +93,7 @@ def describe(config: Json) -> Architecture:
     """The architecture that ``config`` (a parsed config.json) stands for; no weight is read or made."""
     model = build(config)
     disk = written(model, _tensors(model))
-    blocks = tuple(tuple(_linears(name, block, index, disk)) for index, (name, block) in enumerate(_blocks(model)))
+    blocks = tuple(tuple(_linears(name, block, index, disk)) for index, (name, block) in enumerate(blocks_of(model)))
     if not any(blocks):
         raise CompressionError("no_linears", f"the blocks of a {type(model).__name__} hold no linear layer to compress")
     linears = {linear.name: linear for block in blocks for linear in block}
@@ -139,7 +139,7 @@ def parsed(config: Json) -> Any:
         raise CompressionError("bad_config", f"config.json is refused by transformers: {_first_line(error)}") from error
 
 
-def _blocks(model: Any) -> list[tuple[str, Any]]:
+def blocks_of(model: Any) -> list[tuple[str, Any]]:
     """The members of the module list that holds the most weights: the stack of transformer blocks."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
     if not lists:

@@ -135,6 +135,8 @@ def test_every_declared_need_is_of_a_kind_of_step_and_its_work_can_be_loaded() -
         "bitdelta.choose",
         "bitdelta.distill",
         "bitdelta.sense",
+        "calibration.hessians",
+        "calibration.tokens",
         "deltadq.search",
         "evaluation.target",
         "release.rehearse",
