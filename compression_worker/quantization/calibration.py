@@ -180,8 +180,8 @@ def tokens_step(context: StepContext) -> StepOutput:
         BlockRunner(checkpoint, context.device) as runner,
         HiddenStates(len(tokens), tokens.shape[1], runner.width) as states,
     ):
-        for windows in states.batches():
-            states.write(windows, runner.embed(tokens[windows.start : windows.stop]))
+        for batch in states.batches():
+            states.write(batch, runner.embed(tokens[batch.start : batch.stop]))
         hidden = _written(context, states)
     with context.store.writer() as blob:
         flat = tokens.to(torch.int32).contiguous()
