@@ -182,7 +182,7 @@ def tokens_step(context: StepContext) -> StepOutput:
     ):
         for batch in states.batches():
             states.write(batch, runner.embed(tokens[batch.start : batch.stop]))
-        hidden = _written(context, states)
+        hidden = keep_hidden(context, states)
     with context.store.writer() as blob:
         flat = tokens.to(torch.int32).contiguous()
         write_file(blob, {TOKENS: (Spec("I32", tuple(flat.shape)), [raw_bytes(flat)])})
@@ -211,7 +211,7 @@ def hessians_step(context: StepContext) -> StepOutput:
                 lines |= {linear.name: line for linear in group.linears}
             context.progress(index - first + 1, count, "blocks")
         if first + count < len(runner):
-            blobs[HIDDEN_FILE] = _written(context, states)
+            blobs[HIDDEN_FILE] = keep_hidden(context, states)
     return StepOutput(blobs=blobs, data={"linears": lines, "fingerprint": checkpoint.fingerprint})
 
 
@@ -290,7 +290,8 @@ def unpacked_triangle(flat: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def _written(context: StepContext, states: HiddenStates) -> str:
+def keep_hidden(context: StepContext, states: HiddenStates) -> str:
+    """Store hidden states for the next step, as :data:`HIDDEN_FILE`; the digest."""
     with context.store.writer() as blob:
         write_file(blob, {HIDDEN: states.data()})
     return blob.digest

@@ -58,6 +58,11 @@ def hessians_work(params: Json, sizes: Mapping[str, float]) -> float:
     return params["count"] * sizes["tokens"] * (sizes["linears"] / sizes["blocks"] + sizes["squares"])
 
 
+def rest_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Bytes copied."""
+    return sizes["kept_bytes"]
+
+
 def hidden_bytes(sizes: Mapping[str, float]) -> int:
     """Hidden states between two steps."""
     return round(FLOAT * sizes["tokens"] * sizes["hidden"])
