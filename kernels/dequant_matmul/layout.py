@@ -47,7 +47,7 @@ def pack_gptq(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_gptq(qweight: torch.Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-    """qweight ``(K bits / 32, N)`` int32 -> ``codes (K, N)`` of ``dtype``. Whole blocks of a matrix can be opened too."""
+    """qweight ``(K bits / 32, N)`` int32 -> ``codes (K, N)`` of ``dtype``. Any whole blocks can be opened."""
     if bits not in BITS:
         raise ValueError(f"codes of {bits} bits have no such layout: {', '.join(map(str, BITS))} bits have")
     if qweight.dim() != 2 or qweight.dtype != torch.int32 or len(qweight) % bits:
@@ -66,7 +66,7 @@ def unpack_gptq(qweight: torch.Tensor, bits: int, dtype: torch.dtype = torch.uin
 
 
 def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
-    """``zeros (G, N)`` of 0 .. 2^bits - 1 -> qzeros ``(G, N bits / 32)`` int32; N is a multiple of 32, else ValueError."""
+    """``zeros (G, N)`` -> qzeros ``(G, N bits / 32)`` int32. ValueError where N is no multiple of 32."""
     _check(zeros.T if zeros.dim() == 2 else zeros, bits, "outputs")
     return pack_gptq(zeros.T, bits).T.contiguous()
 
