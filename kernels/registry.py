@@ -58,6 +58,13 @@ OPS: dict[str, Op] = {
         ),
         tolerances={},
     ),
+    "hadamard": Op(
+        reference="kernels.hadamard.reference:hadamard",
+        kernel="kernels.hadamard.kernel:hadamard",
+        # (rows, n). Orders below a tile, two pieces, Paley I and II alone and before Sylvester, Fourier, the identity.
+        shapes=((1, 1), (5, 2), (3, 7), (70, 64), (3, 512), (9, 12), (5, 36), (3, 640), (5, 1536), (2, 46)),
+        tolerances={"float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (2e-2, 2e-2)},
+    ),
     "sparse_delta_matmul": Op(
         reference="kernels.sparse_delta_matmul.reference:sparse_delta_matmul",
         kernel="kernels.sparse_delta_matmul.kernel:sparse_delta_matmul",

@@ -47,7 +47,7 @@ def transform(x: torch.Tensor, plan: Plan, signs: torch.Tensor | None, transpose
     rows = x.reshape(-1, plan.n)
     y = torch.empty_like(rows, memory_format=torch.contiguous_format)
     factor = None if signs is None else signs.to(accumulator)
-    step = max(1, TILE // plan.n)
+    step = max(1, TILE // plan.n) if x.device.type == "cpu" else max(1, len(rows))
     for start in range(0, len(rows), step):
         tile = rows[start : start + step].to(accumulator)
         if factor is not None and not transpose:

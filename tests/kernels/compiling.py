@@ -20,6 +20,8 @@ from kernels.binary_matmul.kernel import binary_matmul
 from kernels.binary_matmul.operands import segments_of
 from kernels.group_mask.kernel import group_mask
 from kernels.group_mask.reference import kept_per_row
+from kernels.hadamard.factors import plan
+from kernels.hadamard.kernel import hadamard
 from kernels.packing import code_words, words_for
 from kernels.sign_pack.kernel import sign_pack_rows
 from kernels.sparse_delta_matmul.kernel import sparse_delta_matmul
@@ -66,6 +68,8 @@ def main() -> int:
     binary(torch.bfloat16, tokens=8, rows=256, group_size=2048)
     binary(torch.float16, tokens=8, rows=1, group_size=1)
     binary(torch.bfloat16, tokens=65, rows=256, group_size=64, invariant=False)
+    hadamard(torch.zeros((9, 4096), dtype=torch.bfloat16), plan(4096), torch.ones(4096))
+    hadamard(torch.zeros((9, 14336)), plan(14336), torch.ones(14336), transpose=True)
     return 0
 
 

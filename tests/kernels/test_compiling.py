@@ -10,9 +10,11 @@ from pathlib import Path
 KERNELS = (
     "_add_spans_kernel",
     "_backward_kernel",
+    "_factor_kernel",
     "_forward_kernel",
     "_group_mask_kernel",
     "_plan_kernel",
+    "_rows_kernel",
     "_scale_gradient_kernel",
     "_sign_pack_kernel",
     "_x_gradient_kernel",

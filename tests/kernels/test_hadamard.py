@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from kernels.hadamard import reference
+from kernels.hadamard import kernel, reference
 from kernels.hadamard.factors import Plan, hadamard_matrix, paley, plan, plan_from
 from kernels.hadamard.fields import character_of_differences, prime_power, quadratic_character
 from kernels.hadamard.signs import phases, random_signs
+from kernels.registry import OPS, load
+from tests.kernels.device import DEVICE
+
+OP = OPS["hadamard"]
+PATHS = (OP.reference, OP.kernel)
 
 PALEY_ORDERS = {
     12: ("I", 11), 20: ("I", 19), 28: ("I", 27), 36: ("II", 17), 44: ("I", 43), 52: ("II", 25), 60: ("I", 59),
@@ -195,6 +201,69 @@ def test_the_gradients_of_x_and_of_trained_signs_pass_gradcheck_twice(name: str,
         assert torch.autograd.gradgradcheck(rotated, (x, signs))
 
 
+@pytest.mark.parametrize("shape", OP.shapes)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_kernel_and_twin_agree_with_the_dense_matrix_forward_and_backward(
+    shape: tuple[int, int], transpose: bool
+) -> None:
+    check_against_dense(plan(shape[1]), shape[0], transpose)
+
+
+@pytest.mark.parametrize("name", ["kronecker", "block", "two", "paley one"])
+def test_the_kernel_takes_plans_of_every_kind(name: str) -> None:
+    for transpose in (False, True):
+        check_against_dense(SMALL[name], 3, transpose)
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(kernel, "LARGEST_ROW", 16)
+    monkeypatch.setattr(kernel, "LARGEST_INNER", 8)
+    monkeypatch.setattr(kernel, "LARGEST_JOINED", 64)
+    kernel._stages.cache_clear()
+    yield
+    kernel._stages.cache_clear()
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize(
+    ("chosen", "passes"),
+    [
+        (plan(64), [((8,), 8, 8)]),
+        (plan(12 * 32), [((12, 4), 8, 8)]),
+        (plan(12 * 64), [((12,), 64, 1), ((8,), 8, 8)]),
+        (Plan("kronecker", 12 * 20 * 4, (20, 12), 4), [((20,), 48, 1), ((12,), 4, 4)]),
+        (Plan("block", 3 * 64, (), 64, 3), [((8,), 8, 8)]),
+    ],
+)
+def test_rows_beyond_a_tile_take_dense_factors_and_several_passes(
+    chosen: Plan, passes: list[tuple[tuple[int, ...], int, int]]
+) -> None:
+    assert [(stage.orders, stage.inner, stage.power) for stage in kernel._stages(chosen)] == passes
+    for transpose in (False, True):
+        check_against_dense(chosen, 3, transpose)
+
+
+def check_against_dense(chosen: Plan, rows: int, transpose: bool) -> None:
+    """Values and the gradients of x and trained signs, by both codes."""
+    generator = torch.Generator().manual_seed(chosen.n)
+    x, dy = (torch.randn((rows, chosen.n), generator=generator).to(DEVICE) for _ in range(2))
+    signs = torch.from_numpy(random_signs(chosen.n, 1)).to(DEVICE) * 0.75
+    matrix = dense(chosen).to(DEVICE)
+    wide, factor = x.double().requires_grad_(), signs.double().requires_grad_()
+    expected = (wide @ matrix.T) * factor if transpose else (wide * factor) @ matrix
+    expected.backward(dy.double())
+    relative, absolute = OP.tolerances["float32"]
+    for path in PATHS:
+        own, own_signs = x.clone().requires_grad_(), signs.clone().requires_grad_()
+        y = load(path)(own, chosen, own_signs, transpose)
+        y.backward(dy)
+        torch.testing.assert_close(y.double(), expected.detach(), rtol=relative, atol=absolute)
+        for found, wanted in ((own.grad, wide.grad), (own_signs.grad, factor.grad)):
+            assert found is not None
+            torch.testing.assert_close(found.double(), wanted, rtol=relative, atol=10 * absolute)
+
+
 def test_nothing_but_the_signs_is_kept_for_backward() -> None:
     chosen, kept = plan(48), []
     x, signs = torch.randn(5, 48, requires_grad=True), torch.from_numpy(random_signs(48, 1))
@@ -221,29 +290,46 @@ def test_rows_beyond_one_tile_are_the_same_rows(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(reference.hadamard(x, plan(24)), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_input_gives_half_output_with_sums_in_fp32(dtype: torch.dtype) -> None:
-    for chosen in (plan(48), plan(46)):
-        x = torch.randn((3, chosen.n), generator=torch.Generator().manual_seed(1)).to(dtype)
-        y = reference.hadamard(x, chosen)
-        assert y.dtype == dtype
-        assert torch.equal(y, reference.hadamard(x.float(), chosen).to(dtype))
+@pytest.mark.parametrize("dtype", [name for name in OP.tolerances if name != "float32"])
+@pytest.mark.parametrize("n", [46, 48, 512])
+def test_half_input_gives_half_output_with_sums_in_fp32(dtype: str, n: int) -> None:
+    x = torch.randn((3, n), generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype)).to(DEVICE)
+    expected = x.double() @ dense(plan(n)).to(DEVICE)
+    relative, absolute = OP.tolerances[dtype]
+    for path in PATHS:
+        y = load(path)(x, plan(n))
+        assert y.dtype == x.dtype
+        torch.testing.assert_close(y.double(), expected, rtol=relative, atol=absolute)
+
+
+def test_large_half_values_do_not_overflow_on_the_way() -> None:
+    x = torch.full((1, 512), 1000.0, dtype=torch.float16, device=DEVICE)
+    for path in PATHS:
+        y = load(path)(x, plan(512)).float()
+        torch.testing.assert_close(y[0, 0].item(), 1000.0 * 512**0.5, rtol=1e-3, atol=0.0)
+        assert y[0, 1:].abs().max() < 30
 
 
 def test_no_rows_and_strided_rows() -> None:
-    x = torch.randn((6, 96), generator=torch.Generator().manual_seed(1))[::2, ::2]
-    torch.testing.assert_close(reference.hadamard(x, plan(48)), reference.hadamard(x.contiguous(), plan(48)))
-    assert reference.hadamard(x[:0], plan(48)).shape == (0, 48)
-    assert reference.hadamard(x[0], plan(48)).shape == (48,)
+    x = torch.randn((6, 96), generator=torch.Generator().manual_seed(1)).to(DEVICE)[::2, ::2]
+    expected = x.double() @ dense(plan(48)).to(DEVICE)
+    for path in PATHS:
+        transform = load(path)
+        torch.testing.assert_close(transform(x, plan(48)).double(), expected, rtol=1e-5, atol=1e-5)
+        assert transform(x[:0], plan(48)).shape == (0, 48)
+        assert transform(x[0], plan(48)).shape == (48,)
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="does not fit a transform of dimension 48"):
-        reference.hadamard(torch.zeros(2, 47), plan(48))
+    for path in PATHS:
+        with pytest.raises(ValueError, match="does not fit a transform of dimension 48"):
+            load(path)(torch.zeros(2, 47), plan(48))
+        with pytest.raises(ValueError, match="signs of shape"):
+            load(path)(torch.zeros(2, 48), plan(48), torch.ones(47))
     with pytest.raises(ValueError, match="does not fit a transform of dimension 48"):
         reference.hadamard(torch.zeros((2, 48), dtype=torch.int64), plan(48))
-    with pytest.raises(ValueError, match="signs of shape"):
-        reference.hadamard(torch.zeros(2, 48), plan(48), torch.ones(47))
+    with pytest.raises(ValueError, match="float64 is not computed"):
+        kernel.hadamard(torch.zeros((2, 48), dtype=torch.float64), plan(48))
 
 
 def test_random_signs_and_phases_are_the_same_on_every_machine() -> None:

@@ -31,6 +31,7 @@ from tests.families import FAMILIES, edit_weights, make_family_pair
 
 SETTINGS: dict[str, tuple[Json, Json]] = {
     "bitdelta": ({"distill_steps": 0}, {"distill_steps": 2, "batch_size": 2, "sequence_length": 32}),
+    "gptq": ({"samples": 4, "length": 32, "num_bits": 8}, {"samples": 4, "length": 32, "inputs": "full"}),
 }
 """Method -> its cheapest settings, and settings with a little training."""
 TRAINED_FAMILIES = ("llama", "qwen2", "phi3", "gpt2", "mixtral")
@@ -56,7 +57,8 @@ class Pair:
 
     def plan(self, method: str, *, trained: bool = False) -> StepSpec:
         config = SETTINGS.get(method, ({}, {}))[trained]
-        return StepSpec(kind=f"{method}.plan", params={"config": config}, inputs=self.inputs, seed=7)
+        inputs = {name: digest for name, digest in self.inputs.items() if name != "base" or METHODS[method].needs_base}
+        return StepSpec(kind=f"{method}.plan", params={"config": config}, inputs=inputs, seed=7)
 
     def refused(self, method: str) -> CompressionError:
         """How the plan is refused, before any matrix is read."""
@@ -82,8 +84,8 @@ class Compressed:
     logs: list[str]
 
     @cached_property
-    def base(self) -> Checkpoint:
-        return Checkpoint.open(self.pair.store, self.pair.inputs["base"])
+    def base(self) -> Checkpoint | None:
+        return None if self.artifact.stands_alone else Checkpoint.open(self.pair.store, self.pair.inputs["base"])
 
     @cached_property
     def artifact(self) -> Artifact:
@@ -126,6 +128,8 @@ def logits(model: Any) -> torch.Tensor:
 
 
 every_method = pytest.mark.parametrize("method", METHODS)
+every_delta_method = pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.needs_base])
+every_quantization = pytest.mark.parametrize("method", [name for name, one in METHODS.items() if not one.needs_base])
 
 
 @every_method
@@ -182,7 +186,7 @@ def test_the_same_seed_gives_the_same_bytes(
     )
 
 
-@every_method
+@every_delta_method
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_variant_equal_to_its_base_comes_back_exactly(
     shelf: Callable[[str], Pair], method: str, family: str, tmp_path: Path
@@ -195,7 +199,7 @@ def test_a_variant_equal_to_its_base_comes_back_exactly(
     assert all(line["relative_error"] == 0 for line in same.artifact.manifest["figures"]["matrices"])
 
 
-@every_method
+@every_delta_method
 def test_added_vocabulary_rows_are_kept_and_reported(method: str, tmp_path: Path) -> None:
     pair = fresh(tmp_path)
     rows = 0.1 * torch.randn((12, 64), generator=torch.Generator().manual_seed(3))
@@ -212,7 +216,7 @@ def test_added_vocabulary_rows_are_kept_and_reported(method: str, tmp_path: Path
     assert logits(load_folder(tmp_path / "model")).shape[-1] == 300
 
 
-@every_method
+@every_delta_method
 def test_another_family_is_refused_by_the_plan(shelf: Callable[[str], Pair], method: str, tmp_path: Path) -> None:
     pair = Pair(shelf("mistral").base_dir, shelf("llama").variant_dir, Store(tmp_path / "store"))
     refused = pair.refused(method)
@@ -220,7 +224,7 @@ def test_another_family_is_refused_by_the_plan(shelf: Callable[[str], Pair], met
     assert "Choose the base that the variant was tuned from" in refused.message
 
 
-@every_method
+@every_delta_method
 def test_another_shape_is_refused_by_the_plan(shelf: Callable[[str], Pair], method: str, tmp_path: Path) -> None:
     pair = Pair(shelf("odd").base_dir, shelf("llama-untied").variant_dir, Store(tmp_path / "store"))
     refused = pair.refused(method)
@@ -228,7 +232,7 @@ def test_another_shape_is_refused_by_the_plan(shelf: Callable[[str], Pair], meth
     assert "model.layers.0." in refused.message
 
 
-@every_method
+@every_delta_method
 def test_a_missing_expert_is_refused_by_the_plan(method: str, tmp_path: Path) -> None:
     pair = fresh(tmp_path, "mixtral")
     lost = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
@@ -238,8 +242,15 @@ def test_a_missing_expert_is_refused_by_the_plan(method: str, tmp_path: Path) ->
     assert f"'{lost}' of transformer block 1 is missing in the base" in refused.message
 
 
-@every_method
-@pytest.mark.parametrize("side", ["base", "variant"])
+@pytest.mark.parametrize(
+    ("method", "side"),
+    [
+        (name, side)
+        for name, one in METHODS.items()
+        for side in ("base", "variant")
+        if side == "variant" or one.needs_base
+    ],
+)
 def test_a_matrix_of_nothing_but_nan_is_refused_before_it_is_compared(method: str, side: str, tmp_path: Path) -> None:
     pair = fresh(tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -250,7 +261,7 @@ def test_a_matrix_of_nothing_but_nan_is_refused_before_it_is_compared(method: st
     assert refused.value.code == "not_finite"
 
 
-@every_method
+@every_delta_method
 def test_one_matrix_without_a_delta_is_handled_and_reported(method: str, tmp_path: Path) -> None:
     pair = fresh(tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -259,3 +270,61 @@ def test_one_matrix_without_a_delta_is_handled_and_reported(method: str, tmp_pat
     made = pair.compress(method)
     assert any(f"'{name}' is equal in base and variant" in line for line in made.logs)
     assert torch.equal(load_file(made.restored(tmp_path / "model") / "model.safetensors")[name], same)
+
+
+@every_quantization
+def test_a_checkpoint_without_an_expert_is_refused_by_the_plan(method: str, tmp_path: Path) -> None:
+    pair = fresh(tmp_path, "mixtral")
+    lost = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    edit_weights(pair.variant_dir, lambda state: {name: tensor for name, tensor in state.items() if name != lost})
+    refused = pair.refused(method)
+    assert refused.code == "missing_tensor"
+    assert f"'{lost}' of transformer block 1 is missing" in refused.message
+
+
+@every_quantization
+def test_an_artifact_that_stands_alone_needs_no_base_and_names_one_checkpoint_twice(
+    shelf: Callable[[str], Pair], method: str
+) -> None:
+    made = shelf("llama").compress(method)
+    artifact = made.artifact
+    assert artifact.stands_alone
+    assert artifact.manifest["base"] == artifact.manifest["variant"]
+    assert artifact.manifest["variant"]["checkpoint"] == made.pair.inputs["variant"]
+    artifact.require_base(None)
+    assert not artifact.manifest.get("shared")
+    linears = artifact.manifest["figures"]["linears"]
+    assert 1 < linears["bits_per_weight"] < 16
+    assert all(0 <= line["proxy_loss"] < 1 for line in artifact.manifest["figures"]["matrices"])
+
+
+@every_quantization
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_packed_linears_compute_what_the_dense_ones_do(shelf: Callable[[str], Pair], method: str, family: str) -> None:
+    made = shelf(family).compress(method)
+    implementation = import_module(METHODS[method].implementation)
+    packed = implementation.load_packed(made.artifact, "cpu", torch.float32)
+    torch.testing.assert_close(logits(packed), logits(made.load(torch.float32)), rtol=1e-4, atol=1e-4)
+
+
+@every_quantization
+def test_the_same_text_is_calibrated_once_for_every_setting_that_allows_it(
+    shelf: Callable[[str], Pair], method: str
+) -> None:
+    pair = shelf("llama")
+    keys = []
+    for trained in (False, True):
+        _, output, _ = Runner(store=pair.store, device="cpu").compute(
+            pair.plan(method, trained=trained), lambda e: None
+        )
+        keys.append(output.steps[0].to_json())
+    assert keys[0] == keys[1], "the step that reads the text is one and the same"
+
+
+@every_quantization
+def test_too_little_text_is_refused(method: str, tmp_path: Path) -> None:
+    pair = fresh(tmp_path)
+    pair.inputs["calibration"] = pair.store.write_bytes(parse_samples(b'{"text": "a few words"}', TEXT).data)
+    with pytest.raises(CompressionError, match="give more text") as refused:
+        pair.compress(method)
+    assert refused.value.code == "too_few_tokens"
