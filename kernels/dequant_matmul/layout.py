@@ -66,11 +66,7 @@ def unpack_gptq(qweight: torch.Tensor, bits: int, dtype: torch.dtype = torch.uin
 
 
 def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
-<<<<<<< HEAD
-    """``zeros (G, N)`` of 0 .. 2^bits - 1 -> qzeros ``(G, N bits / 32)`` int32. ValueError unless 32 divides N."""
-=======
     """``zeros (G, N)`` -> qzeros ``(G, N bits / 32)`` int32. ValueError where N is no multiple of 32."""
->>>>>>> hadamard
     _check(zeros.T if zeros.dim() == 2 else zeros, bits, "outputs")
     return pack_gptq(zeros.T, bits).T.contiguous()
 
