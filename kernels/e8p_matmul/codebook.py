@@ -76,7 +76,7 @@ def packed_second_stage() -> torch.Tensor:
 def quarters() -> torch.Tensor:
     """``(65536, 8)`` int8: four times each point of E8P, by code word."""
     sign_byte = np.arange(256)
-    parity = sum(sign_byte >> bit for bit in range(8)) % 2
+    parity = np.bitwise_xor.reduce(sign_byte >> np.arange(8)[:, None] & 1)
     mask = (sign_byte ^ parity)[:, None] >> np.array(PLACES) & 1
     four = (4 * stored_patterns().numpy()).astype(np.int8)
     signs, shift = (1 - 2 * mask).astype(np.int8), (1 - 2 * parity).astype(np.int8)

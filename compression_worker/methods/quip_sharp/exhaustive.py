@@ -56,7 +56,7 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, ...]:
     points = points[wanted]
     rows = np.concatenate([points, -np.square(points).sum(1, keepdims=True) / 2, np.ones((len(points), 1))], axis=1)
     byte = np.arange(256)
-    parity = sum(byte >> bit & 1 for bit in range(8)) % 2
+    parity = np.bitwise_xor.reduce(byte >> np.arange(8)[:, None] & 1)
     signs = 1.0 - 2 * ((byte ^ parity) >> np.array(PLACES)[:, None] & 1)
     shift = np.array([0.25, -0.25]).reshape(2, 1, 1)
     tables = (shift, rows.T.copy(), owners, stored_patterns().double().numpy(), signs, parity == 1)

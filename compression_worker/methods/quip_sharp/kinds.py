@@ -148,8 +148,13 @@ def tables_for(device: torch.device) -> Tables:
     words = words_by_number()
     words = torch.where(words < 0, words, words ^ 255)
     shifts = torch.tensor([[0.25], [-0.25]])
-    floats = (shifts, scoring, choice.view(5, 16), packing.view(3, 32))
-    return Tables(*(table.to(device, dtype) for table in floats), words.to(device))
+    return Tables(
+        shift=shifts.to(device, dtype),
+        scoring=scoring.to(device, dtype),
+        choice=choice.view(5, 16).to(device, dtype),
+        packing=packing.view(3, 32).to(device, dtype),
+        words=words.to(device),
+    )
 
 
 def ternary() -> torch.Tensor:
