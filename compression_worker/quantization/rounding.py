@@ -134,20 +134,24 @@ def _refine(
     width = max(step, COLUMNS // step * step)
     own = torch.stack([hessian[at : at + step, at : at + step] for at in range(0, inputs, step)])
     inverse = torch.linalg.inv(own.to(torch.float64)).to(weight.dtype)
+    moved = torch.empty((width, weight.shape[1]), dtype=weight.dtype, device=weight.device)
     for start in range(0, inputs, width):
         stop = min(inputs, start + width)
-        pull = hessian[start:stop] @ errors
+        pulls = hessian[start:stop] @ errors
         for at in range(start, stop, step):
-            rows = slice(at, at + step)
-            here = slice(at - start, at - start + step)
+            rows, here = slice(at, at + step), slice(at - start, at - start + step)
+            pull, before = pulls[here], moved[: at - start]
+            # What the columns of this run have moved since the product was taken.
+            if step == 1 and at > start:
+                pull[0].addmv_(before.T, hessian[at, start:at])
+            elif at > start:
+                pull.addmm_(hessian[rows, start:at], before)
             # The block's own error is in the pull: H_kk^-1 takes it off again, and W^_k + E_k is W_k.
-            target = weight[rows] - errors[rows] + inverse[at // step] @ pull[here]
+            target = torch.addmm(weight[rows] - errors[rows], inverse[at // step], pull)
             values, codes[at // step] = rounding(target, at)
             changed = weight[rows] - values
-            moved = changed - errors[rows]
+            torch.sub(changed, errors[rows], out=moved[here])
             errors[rows] = changed
-            if at + step < stop:
-                pull[at - start + step :].addmm_(hessian[at + step : stop, rows], moved)
 
 
 def _block_upper(hessian: torch.Tensor, block: int) -> torch.Tensor | None:
