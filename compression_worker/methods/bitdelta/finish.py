@@ -10,10 +10,10 @@ import torch
 from compression_worker.architecture import Linear
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import Json, StepContext, StepOutput
+from compression_worker.making.blobs import read_blob
 from compression_worker.making.table import relative_error, six_digits
 from compression_worker.methods.bitdelta import layout
 from compression_worker.methods.bitdelta.coding import Coding
-from compression_worker.tensors import TensorFile
 
 
 def coding_of(line: Json) -> Coding:
@@ -36,9 +36,7 @@ def initial_scales(context: StepContext, lines: Mapping[str, Json], layers: Iter
     """All scales as the layer steps fitted them, fp32, linear after linear and mask after mask."""
     fine: dict[str, torch.Tensor] = {}
     for digest in (layer.blobs["fine"] for layer in layers if "fine" in layer.blobs):
-        context.store.verify(digest)
-        with TensorFile(context.store.path(digest)) as file:
-            fine |= {name: file.tensor(name) for name in file.entries}
+        fine |= read_blob(context, digest)
     pieces = [
         torch.tensor([line["scale"]]) if coding_of(line).plain else fine.get(name, torch.zeros(0)).reshape(-1)
         for name, line in lines.items()
@@ -55,9 +53,7 @@ def scale_vectors(
     elif "scales" in distillation.data:
         whole = torch.tensor(distillation.data["scales"], dtype=torch.float32)
     else:
-        context.store.verify(distillation.blobs["scales"])
-        with TensorFile(context.store.path(distillation.blobs["scales"])) as file:
-            whole = file.tensor("scales")
+        whole = read_blob(context, distillation.blobs["scales"])["scales"]
     pieces = whole.split([values_of(line) for line in lines.values()])
     plain = [piece for piece, line in zip(pieces, lines.values(), strict=True) if coding_of(line).plain]
     fine = [piece for piece, line in zip(pieces, lines.values(), strict=True) if not coding_of(line).plain]

@@ -23,6 +23,7 @@ from compression_worker.contracts import CompressionError, Json, PlannedStep, St
 from compression_worker.deltas.kept import BY_ROW, keep_rest
 from compression_worker.deltas.pair import check_pair, open_pair, whole_delta
 from compression_worker.making.assembly import Parcel, assemble
+from compression_worker.making.blobs import write_blob, write_pieces
 from compression_worker.making.inputs import opened
 from compression_worker.making.table import codes_file, relative_error, sides_of
 from compression_worker.making.threads import each, one_thread_per_operation
@@ -31,7 +32,7 @@ from compression_worker.methods.deltadq.config import UNQUANTIZED, DeltaDQConfig
 from compression_worker.methods.deltadq.merge import MergedSparse, load_model
 from compression_worker.methods.deltadq.quantize import Dropout, Survivors, delta_tiles, stored, survivors
 from compression_worker.methods.deltadq.search import group_sizes, search_step
-from compression_worker.tensors import ITEM_SIZES, Spec, TensorFiles, raw_bytes, write_file
+from compression_worker.tensors import ITEM_SIZES, Spec, TensorFiles
 
 __all__ = ["assemble_step", "layer_step", "load_model", "open_merged", "plan_step", "rest_step", "search_step"]
 
@@ -103,9 +104,8 @@ def layer_step(context: StepContext) -> StepOutput:
     for name, line in lines.items():
         if not line["energy"]:
             context.log(f"'{name}' is equal in base and variant: its survivors are 0", "warning")
-    with context.store.writer() as blob:
-        write_file(blob, tensors)
-    return StepOutput(blobs={codes_file(linears[0].block): blob.digest}, data={"linears": lines})
+    codes = write_pieces(context, tensors)
+    return StepOutput(blobs={codes_file(linears[0].block): codes}, data={"linears": lines})
 
 
 def rest_step(context: StepContext) -> StepOutput:
@@ -120,13 +120,14 @@ def assemble_step(context: StepContext) -> StepOutput:
     rest = context.input("rest")
     found = [item for layer in layers for item in layer.data["linears"].items()]
     lines = dict(sorted(found, key=lambda item: item[1]["place"]))
-    grids = {
-        layout.SCALES: torch.tensor([line["scale"] for line in lines.values()], dtype=torch.float32),
-        layout.ZEROS: torch.tensor([line["zero"] for line in lines.values()], dtype=torch.float32),
-    }
-    with context.store.writer() as blob:
-        specs = layout.grids_specs(len(lines))
-        write_file(blob, {name: (spec, [raw_bytes(grids[name])]) for name, spec in specs.items()})
+    sides = {layout.SCALES: "scale", layout.ZEROS: "zero"}
+    grids = write_blob(
+        context,
+        {
+            name: torch.tensor([line[side] for line in lines.values()], dtype=torch.float32)
+            for name, side in sides.items()
+        },
+    )
     theirs = opened(context, "variant").manifest["tensors"]
     table = {
         name: layout.sparse_entry(Linear(**line["linear"]), theirs[name]["dtype"], line["place"], line)
@@ -140,7 +141,7 @@ def assemble_step(context: StepContext) -> StepOutput:
         blobs={
             **{name: digest for layer in layers for name, digest in layer.blobs.items()},
             **rest.blobs,
-            layout.GRIDS_FILE: blob.digest,
+            layout.GRIDS_FILE: grids,
         },
         figures=_figures(context, config, lines, table, rest),
         weigh=layout.weigh,
