@@ -27,7 +27,7 @@ from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput, sha256
 from compression_worker.deltas.kept import BY_ROW, keep_rest
 from compression_worker.deltas.moments import read_inputs
-from compression_worker.deltas.pair import check_pair, open_pair, whole_delta
+from compression_worker.deltas.pair import check_pair, open_pair, whole_delta, without_equal
 from compression_worker.faults import failpoint
 from compression_worker.making.assembly import Parcel, assemble
 from compression_worker.making.blobs import open_blob, write_blob
@@ -74,7 +74,7 @@ def plan_step(context: StepContext) -> StepOutput:
             "distill_steps to 0, scale_fit to mean and no target for the initial scales",
         )
     base, variant = (opened(context, name) for name in ("base", "variant"))
-    architecture = check_pair(base, variant, context)
+    architecture = without_equal(check_pair(base, variant, context), base, variant, context)
     if config.senses and (experts := sorted(architecture.stacked())):
         raise CompressionError(
             "no_inputs",
@@ -90,8 +90,9 @@ def plan_step(context: StepContext) -> StepOutput:
     extracted = {step.name.replace(" ", "-"): f"@{first + index}" for index, step in enumerate(steps[first:])}
     layers = {name: place for name, place in extracted.items() if name != "rest"}
     trained = pair | layers | ({"rest": extracted["rest"]} if config.embeddings != "raw" or config.chooses else {})
-    steps += _distillation_steps(config, trained, calibration, len(steps), context.spec.seed)
-    last = {"distillation": f"@{len(steps) - 1}"} if config.distill_steps else {}
+    if layers:
+        steps += _distillation_steps(config, trained, calibration, len(steps), context.spec.seed)
+    last = {"distillation": f"@{len(steps) - 1}"} if config.distill_steps and layers else {}
     chosen = {"choice": guides["choice"]} if "choice" in guides else {}
     steps.append(
         PlannedStep(

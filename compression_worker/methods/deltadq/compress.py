@@ -21,7 +21,7 @@ from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput, sha256
 from compression_worker.deltas.kept import BY_ROW, keep_rest
-from compression_worker.deltas.pair import check_pair, open_pair, whole_delta
+from compression_worker.deltas.pair import check_pair, open_pair, whole_delta, without_equal
 from compression_worker.making.assembly import Parcel, assemble
 from compression_worker.making.blobs import write_blob, write_pieces
 from compression_worker.making.inputs import opened
@@ -50,10 +50,11 @@ def plan_step(context: StepContext) -> StepOutput:
             f"({config.alpha} spreads survivors most evenly)",
         )
     base, variant = (opened(context, name) for name in ("base", "variant"))
-    architecture = check_pair(base, variant, context)
+    whole = check_pair(base, variant, context)
+    architecture = without_equal(whole, base, variant, context)
     pair = {name: inputs[name] for name in ("base", "variant")}
-    steps = _search_steps(config, architecture, inputs, context.spec.seed) if config.searches else []
-    found = {"search": "@0"} if config.searches else {}
+    steps = _search_steps(config, whole, architecture, inputs, context.spec.seed)
+    found = {"search": "@0"} if steps else {}
     first = len(steps)
     steps += _extraction_steps(config, architecture, pair, found, context.spec.seed)
     extracted = {step.name.replace(" ", "-"): f"@{first + index}" for index, step in enumerate(steps[first:])}
@@ -158,11 +159,15 @@ def open_merged(base: Checkpoint, artifact: Artifact) -> MergedSparse:
 
 
 def _search_steps(
-    config: DeltaDQConfig, architecture: Architecture, inputs: dict[str, str], seed: int
+    config: DeltaDQConfig, whole: Architecture, coded: Architecture, inputs: dict[str, str], seed: int
 ) -> list[PlannedStep]:
+    """On all linears of the first block that has a coded one; none where no size is looked for."""
+    changed = [members for members, block in zip(whole.blocks, coded.blocks, strict=True) if block]
+    if not config.searches or not changed:
+        return []
     # Experts of a mixture are computed together, so that what goes into each cannot be seen.
-    hidden = architecture.stacked()
-    first = [one for one in next(block for block in architecture.blocks if block) if one.name not in hidden]
+    hidden = whole.stacked()
+    first = [one for one in changed[0] if one.name not in hidden]
     return [
         PlannedStep(
             name="group size",
@@ -258,5 +263,7 @@ def _figures(
             "nominal_ratio": config.nominal_ratio,
             "true_ratio": float(f"{whole / stored_bytes:.6g}"),
             "csr_ratio": float(f"{whole / csr:.6g}"),
-        },
+        }
+        if table
+        else None,
     }
