@@ -38,7 +38,14 @@ from compression_worker.methods.bitdelta import layout
 from compression_worker.methods.bitdelta.choose import choose_step, measure_step, sense_step
 from compression_worker.methods.bitdelta.coding import Coded, Coding, encode
 from compression_worker.methods.bitdelta.config import CHUNK_STEPS, BitDeltaConfig
-from compression_worker.methods.bitdelta.finish import matrix_figures, scale_vectors, table_lines
+from compression_worker.methods.bitdelta.finish import (
+    FINE_BLOB,
+    errors_after,
+    final_scales,
+    matrix_figures,
+    scale_vectors,
+    table_lines,
+)
 from compression_worker.methods.bitdelta.merge import MergedSigns, load_model
 from compression_worker.methods.bitdelta.training import distill_step
 from compression_worker.settings import completed
@@ -59,8 +66,6 @@ __all__ = [
 ]
 
 METHOD = "bitdelta"
-FINE_BLOB = "fine"
-"""A block's finer scales, fp32 ``(masks, values)``, which the assembly puts together with those of the others."""
 
 
 def plan_step(context: StepContext) -> StepOutput:
@@ -163,13 +168,13 @@ def assemble_step(context: StepContext) -> StepOutput:
     rest = context.input("rest")
     distillation = context.input("distillation") if "distillation" in context.spec.inputs else None
     lines = {name: line for layer in layers for name, line in layer.data["linears"].items()}
-    plain, fine = scale_vectors(context, lines, layers, distillation)
-    vectors = {layout.SCALES: plain, layout.FINE: fine}
-    scales = write_blob(context, {name: vectors[name] for name in layout.scales_specs(len(plain), len(fine))})
+    finals = final_scales(context, lines, layers, distillation)
+    scales = write_blob(context, scale_vectors(lines, finals))
     failpoint("artifact.scales")
     blobs = {name: digest for layer in layers for name, digest in layer.blobs.items() if name != FINE_BLOB}
     table, codings = table_lines(opened(context, "variant"), lines)
-    figures = matrix_figures(lines, plain, distillation)
+    errors = errors_after(context, layers, finals) if distillation else {}
+    figures = matrix_figures(lines, finals, errors, distillation)
     figures["matrices"] += rest.data.get("row_figures", [])
     if "choice" in context.spec.inputs:
         figures["target"] = context.input("choice").data["target"]

@@ -22,11 +22,11 @@ from compression_worker.making.calibration import calibration_windows
 from compression_worker.making.inputs import architecture_of
 from compression_worker.making.table import ROWS_FILE, six_digits
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
-from compression_worker.methods.bitdelta.finish import coding_of, initial_scales, values_of
+from compression_worker.methods.bitdelta.finish import codes_of, coding_of, initial_scales, parts_of, values_of
 from compression_worker.methods.bitdelta.matrices import Matrix
 from compression_worker.methods.bitdelta.student import Student
 from compression_worker.tensors import TensorFile, TensorFiles, checkpoint_files
-from kernels.packing import unpack_signs, words_for
+from kernels.packing import unpack_signs
 
 SMALL_MODEL = 10_000_000
 """Parameters."""
@@ -142,22 +142,20 @@ def _matrices(
 ) -> dict[str, Matrix]:
     made = {}
     for layer in layers:
-        (digest,) = (digest for name, digest in layer.blobs.items() if name != "fine")
-        with open_blob(context, digest) as codes:
+        with open_blob(context, codes_of(layer)) as codes:
             for name in layer.data["linears"]:
                 made[name] = _matrix(context.device, codes, base.file(name), name, lines[name])
     return {name: made[name] for name in lines}
 
 
 def _matrix(device: str, codes: TensorFile, base: TensorFile, name: str, line: Json) -> Matrix:
-    coding, inputs = coding_of(line), line["linear"]["inputs"]
-    packed = codes.tensor(name).view(coding.masks, words_for(inputs), line["linear"]["outputs"])
-    signs = [unpack_signs(mask, inputs, torch.int8) for mask in packed]
+    coding = coding_of(line)
+    packed, left, right = parts_of(codes, name, line)
+    signs = [unpack_signs(mask, line["linear"]["inputs"], torch.int8) for mask in packed]
     weight = base.tensor(name)
     weight = weight.T.contiguous() if line["linear"]["transposed"] else weight
     if coding.rank:
-        left, right = (codes.tensor(f"{name}#{side}").float() for side in ("left", "right"))
-        weight = weight.to(torch.float32) + left @ right
+        weight = weight.to(torch.float32) + left.float() @ right.float()
     whole = torch.stack(signs) if signs else torch.zeros((0, *weight.shape), dtype=torch.int8)
     return Matrix(weight.to(device), whole.to(device), coding)
 
