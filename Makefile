@@ -51,7 +51,7 @@ bench: setup ## Run the benchmarks: extraction, memory, size, rollback under loa
 	$(BIN)/python -m tests.benchmarks.two_workers
 	$(BIN)/python -m tests.benchmarks.claim_at_scale
 
-sweep: setup ## Inject each fault at each failpoint, one a run, over the whole loop (73 places x 5 actions: half an hour)
+sweep: setup ## Inject each fault at each failpoint, one a run, over the whole loop (76 places x 5 actions: some 35 minutes)
 	$(BIN)/python -m tests.reliability.sweep
 
 soak: setup brokers ## Let a seeded storm of faults loose on a fleet: make soak SEEDS=1,2,3 FAULTS=600 JOBS=200 (10 minutes)

@@ -281,9 +281,39 @@ def test_an_artifact_of_ours_is_made_once_counted_whole_and_known_by_all_that_de
         ours.make(row, base, variant, text, out)
 
 
-def test_every_row_of_ours_has_settings_that_its_method_takes() -> None:
-    rows = ours.listed(ours.ROWS, steps=7)
-    assert len({row.name for row in rows}) == len(rows)
-    for row in filter(ours.known, rows):
+def form(name: str, size: int, kl: float, **more: Any) -> contest.Line:
+    windows: list[Any] = [{"tokens": 10, "nll": 20.0 + at, "kl": kl * (10.0 + at), "agreements": 5} for at in range(8)]
+    return contest.Line(name=name, kept="norms", size=size, nominal=1.0, true=1.0, bits=1.0, windows=windows, **more)
+
+
+def test_peers_are_made_only_where_a_row_asks_for_them_and_judge_every_row_of_that_size() -> None:
+    lines = [
+        form("asks", 990, 1.0),
+        form("beside it", 1000, 1.0, contends=False),
+        form("alone", 500, 1.0, contends=False),
+    ]
+    first, second = contest.rounds(lines)
+    assert (first.contended, [line.name for line in first.ours]) == (True, ["beside it", "asks"])
+    assert not second.contended
+    first.peers = [form("near", 1000, 0.5), form("far", 985, 2.0), form("large", 1500, 0.1)]
+    ends = [(name, form(name, 0, 1.0).windows) for name in ("base", "variant")]
+    found = contest.Contest(ends, [first, second], [], failed=False)
+    text = tables.markdown(found, EvaluationConfig(), 8)
+    heads, _, *rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|")][:5]
+    assert heads[-3:] == ["best peer in as many bytes: its KL", "KL of ours − its", "better than |"]
+    assert [row[0] for row in rows] == ["| beside it", "| asks", "| alone"]
+    assert rows[0][-3] == "near (norms kept): 0.6750"
+    assert rows[0][-2].endswith("**worse**")
+    assert [row[-1] for row in rows] == ["1 of 2 |", "1 of 2 |", " |"]
+    assert rows[2][-3] == "no peer was made of this size"
+    assert "- *beside it* (1.0 kB): better than 1 of 2. **Worse** than: near" in text
+    assert "- *alone*" not in text
+
+
+@pytest.mark.parametrize("rows", ["rows.toml", "rows-large.toml"])
+def test_every_row_of_ours_has_settings_that_its_method_takes(rows: str) -> None:
+    listed = ours.listed(ours.ROWS.with_name(rows), steps=7)
+    assert len({row.name for row in listed}) == len(listed)
+    for row in filter(ours.known, listed):
         config = catalog.method(row.method).config_class()
         config(**settings.parsed(config, row.set))

@@ -13,6 +13,7 @@ from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import Json, StepContext, StepOutput
 from compression_worker.deltas.rows import CodedRows, code_rows, pieces_specs, rows_entry
 from compression_worker.faults import failpoint
+from compression_worker.making.blobs import write_pieces
 from compression_worker.making.inputs import opened
 from compression_worker.making.table import RAW_FILE, ROWS_FILE, relative_error, same_as_base
 from compression_worker.tensors import Spec, TensorFiles, checkpoint_files, raw_bytes, write_file
@@ -81,9 +82,7 @@ def _code(
         )
     if not chosen:
         return {}, {}, []
-    with context.store.writer() as blob:
-        write_file(blob, pieces)
-    return {ROWS_FILE: blob.digest}, lines, figures
+    return {ROWS_FILE: write_pieces(context, pieces)}, lines, figures
 
 
 def _digest(coded: CodedRows) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compression_worker.tensors import Spec, TensorFile, raw_bytes
+from compression_worker.tensors import TensorFile
 
 
 @dataclass
@@ -38,37 +38,29 @@ class Samples:
         return float(by_window.square().sum()) / (2 * self.tokens)
 
 
-def moments_file(moments: Mapping[str, Moments]) -> dict[str, tuple[Spec, list[memoryview]]]:
-    """As tensors ``name#outputs`` and ``name#inputs`` of a safetensors file."""
-    vectors = {}
-    for name, one in moments.items():
-        for side, vector in (("outputs", one.outputs), ("inputs", one.inputs)):
-            flat = vector.cpu().to(torch.float32).contiguous()
-            vectors[f"{name}#{side}"] = (Spec("F32", (len(flat),)), [raw_bytes(flat)])
-    return vectors
+def moments_tensors(moments: Mapping[str, Moments]) -> dict[str, torch.Tensor]:
+    """As fp32 tensors ``name#outputs`` and ``name#inputs`` of a blob."""
+    sides = {f"{name}#{side}": getattr(one, side) for name, one in moments.items() for side in ("outputs", "inputs")}
+    return {name: vector.cpu().to(torch.float32).contiguous() for name, vector in sides.items()}
 
 
-def samples_file(samples: Mapping[str, Samples]) -> dict[str, tuple[Spec, list[memoryview]]]:
-    """As tensors ``name#x`` and ``name#g`` of a safetensors file."""
-    stored = {}
-    for name, one in samples.items():
-        for side, tensor in (("x", one.x), ("g", one.g)):
-            stored[f"{name}#{side}"] = (Spec("BF16", tuple(tensor.shape)), [raw_bytes(tensor.contiguous())])
-    return stored
+def samples_tensors(samples: Mapping[str, Samples]) -> dict[str, torch.Tensor]:
+    """As bf16 tensors ``name#x`` and ``name#g`` of a blob."""
+    return {f"{name}#{side}": getattr(one, side).contiguous() for name, one in samples.items() for side in ("x", "g")}
 
 
 def read_moments(file: TensorFile, name: str) -> Moments | None:
-    """What :func:`moments_file` wrote of ``name``; None where it was not seen."""
+    """What :func:`moments_tensors` wrote of ``name``; None where it was not seen."""
     if f"{name}#outputs" not in file.entries:
         return None
     return Moments(file.tensor(f"{name}#outputs"), file.tensor(f"{name}#inputs"))
 
 
 def read_inputs(file: TensorFile, name: str) -> torch.Tensor:
-    """The inputs alone of what :func:`samples_file` wrote of ``name``, fp32 ``(W * T, K)``."""
+    """The inputs alone of what :func:`samples_tensors` wrote of ``name``, fp32 ``(W * T, K)``."""
     return file.tensor(f"{name}#x").flatten(0, 1).to(torch.float32)
 
 
 def read_samples_of(file: TensorFile, name: str, tokens: int) -> Samples:
-    """What :func:`samples_file` wrote of ``name``."""
+    """What :func:`samples_tensors` wrote of ``name``."""
     return Samples(file.tensor(f"{name}#x"), file.tensor(f"{name}#g"), tokens)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +15,7 @@ from compression_worker.architecture import Architecture, Linear, describe
 from compression_worker.checkpoints import Checkpoint, tokenizer_differs
 from compression_worker.contracts import CompressionError, Json, StepContext
 from compression_worker.making.inputs import architecture_of, opened
+from compression_worker.making.table import same_as_base
 from compression_worker.tensors import TensorFiles, checkpoint_files
 
 
@@ -32,6 +34,28 @@ def check_pair(base: Checkpoint, variant: Checkpoint, context: StepContext) -> A
         _check_linear(linear, ours["tensors"].get(linear.name), theirs["tensors"].get(linear.name))
     _say_what_differs(base, variant, architecture, context)
     return architecture
+
+
+def without_equal(
+    architecture: Architecture, base: Checkpoint, variant: Checkpoint, context: StepContext
+) -> Architecture:
+    """The architecture without the linears that are byte-equal in base and variant: those are part of the rest.
+
+    Experts of a mixture stay, because they are one tensor in memory.
+    """
+    ours, theirs = base.manifest["tensors"], variant.manifest["tensors"]
+    together = architecture.stacked()
+    names = [linear.name for linear in architecture.linears() if linear.name not in together]
+    equal = [name for name in names if same_as_base(ours[name], theirs[name])]
+    if not equal:
+        return architecture
+    more = f", and {len(equal) - 1} more matrices are" if len(equal) > 1 else ""
+    context.log(f"'{equal[0]}' is equal in base and variant{more}: it is the base's own and costs nothing", "info")
+    return replace(
+        architecture,
+        blocks=tuple(tuple(one for one in block if one.name not in {*equal}) for block in architecture.blocks),
+        parts=architecture.parts | dict.fromkeys(equal, "other"),
+    )
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from compression_worker.contracts import Json
 from compression_worker.evaluation.config import EvaluationConfig
 from compression_worker.preflight import FLOAT, PROCESS_BYTES, Estimate, Inputs, Model, StepLoad, halvings
 
-LIBRARIES = 100_000_000
-"""What measuring and generating load beyond torch and transformers."""
+WORKING_BYTES = 150_000_000
+"""What measuring and generating hold beside models and logits: what layers hand on, measured at 24 M parameters."""
 BATCH_WINDOWS, BATCH_LOGITS = 8, 1 << 25
 LOGITS_ALONE, LOGITS_BESIDE = 4, 6
 """Float32 copies of a batch's logits that live at once: one model's losses, and two models' divergence."""
@@ -84,7 +84,7 @@ def _memory(config: EvaluationConfig, inputs: Inputs, beside: bool) -> dict[str,
     logits = _batch_logits(config, shapes.vocabulary if shapes else 0) if inputs.text_bytes else 0
     models = FLOAT * (inputs.variant.parameters + (_other(inputs).parameters if two else 0))
     computing = models + FLOAT * (LOGITS_BESIDE if two else LOGITS_ALONE) * logits
-    loading = PROCESS_BYTES + LIBRARIES + inputs.variant.weight_bytes * (2 if two else 1)
+    loading = PROCESS_BYTES + WORKING_BYTES + inputs.variant.weight_bytes * (2 if two else 1)
     return {
         "memory_bytes": loading + computing,
         "gpu_bytes": computing,

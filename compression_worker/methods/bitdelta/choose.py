@@ -21,14 +21,15 @@ from compression_worker.deltas.budget import Choice, Option, cheapest, cost, mov
 from compression_worker.deltas.kept import BY_ROW
 from compression_worker.deltas.moments import (
     Samples,
-    moments_file,
+    moments_tensors,
     read_moments,
     read_samples_of,
-    samples_file,
+    samples_tensors,
 )
 from compression_worker.deltas.pair import open_pair, whole_delta
 from compression_worker.deltas.rows import CODINGS, rows_losses
 from compression_worker.deltas.sensitivity import BATCH, LENGTH, WINDOWS, sense
+from compression_worker.making.blobs import open_blob, write_blob
 from compression_worker.making.calibration import calibration_windows
 from compression_worker.making.inputs import architecture_of, opened
 from compression_worker.methods.bitdelta.coding import Coding, encode
@@ -36,7 +37,7 @@ from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.methods.bitdelta.foretell import foretold_bytes
 from compression_worker.methods.bitdelta.options import OPTIONS, fitted
 from compression_worker.methods.bitdelta.trial import Trial
-from compression_worker.tensors import ITEM_SIZES, Spec, TensorFile, TensorFiles, write_file
+from compression_worker.tensors import ITEM_SIZES, TensorFile, TensorFiles
 
 TOLERANCE = 0.02
 """How near a target counts as met."""
@@ -56,10 +57,10 @@ def sense_step(context: StepContext) -> StepOutput:
         batches = (windows.batch(at, BATCH).to(context.device) for at in range(WINDOWS // BATCH))
         memory = architecture_of(variant).memory
         sensed = sense(model, [name for block in blocks for name in block], batches, _watching(context), memory)
-    blobs = {"moments": _written(context, moments_file(sensed.moments))}
+    blobs = {"moments": write_blob(context, moments_tensors(sensed.moments))}
     for number, block in enumerate(blocks):
         own = {name: sensed.samples[name] for name in block}
-        blobs[f"block-{number}"] = _written(context, samples_file(own))
+        blobs[f"block-{number}"] = write_blob(context, samples_tensors(own))
     return StepOutput(blobs=blobs, data={"windows": WINDOWS, "length": LENGTH, "tokens": sensed.tokens})
 
 
@@ -68,28 +69,17 @@ def measure_step(context: StepContext) -> StepOutput:
     linears = [Linear(**linear) for linear in context.spec.params["linears"]]
     sensed = context.input("sensitivity")
     with contextlib.ExitStack() as stack:
-        seen = stack.enter_context(_blob(context, sensed.blobs["moments"]))
+        seen = stack.enter_context(open_blob(context, sensed.blobs["moments"]))
         base, variant = stack.enter_context(open_pair(context, []))
         if not linears:
             return StepOutput(data={"rows": _measured_rows(context, seen, base, variant)})
-        drawn = stack.enter_context(_blob(context, sensed.blobs[f"block-{linears[0].block}"]))
+        drawn = stack.enter_context(open_blob(context, sensed.blobs[f"block-{linears[0].block}"]))
         options: dict[str, list[list[float]]] = {}
         for linear in linears:
             samples = read_samples_of(drawn, linear.name, sensed.data["tokens"])
             options[linear.name] = _measured(linear, samples, base, variant)
             context.progress(len(options), len(linears), "matrices")
     return StepOutput(data={"linears": options})
-
-
-def _blob(context: StepContext, digest: str) -> TensorFile:
-    context.store.verify(digest)
-    return TensorFile(context.store.path(digest))
-
-
-def _written(context: StepContext, tensors: Mapping[str, tuple[Spec, list[memoryview]]]) -> str:
-    with context.store.writer() as blob:
-        write_file(blob, tensors)
-    return blob.digest
 
 
 def choose_step(context: StepContext) -> StepOutput:

@@ -27,9 +27,10 @@ from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput, sha256
 from compression_worker.deltas.kept import BY_ROW, keep_rest
 from compression_worker.deltas.moments import read_inputs
-from compression_worker.deltas.pair import check_pair, open_pair, whole_delta
+from compression_worker.deltas.pair import check_pair, open_pair, whole_delta, without_equal
 from compression_worker.faults import failpoint
 from compression_worker.making.assembly import Parcel, assemble
+from compression_worker.making.blobs import open_blob, write_blob
 from compression_worker.making.inputs import opened
 from compression_worker.making.table import codes_file
 from compression_worker.making.threads import each, one_thread_per_operation
@@ -37,11 +38,18 @@ from compression_worker.methods.bitdelta import layout
 from compression_worker.methods.bitdelta.choose import choose_step, measure_step, sense_step
 from compression_worker.methods.bitdelta.coding import Coded, Coding, encode
 from compression_worker.methods.bitdelta.config import CHUNK_STEPS, BitDeltaConfig
-from compression_worker.methods.bitdelta.finish import matrix_figures, scale_vectors, table_lines
+from compression_worker.methods.bitdelta.finish import (
+    FINE_BLOB,
+    errors_after,
+    final_scales,
+    matrix_figures,
+    scale_vectors,
+    table_lines,
+)
 from compression_worker.methods.bitdelta.merge import MergedSigns, load_model
 from compression_worker.methods.bitdelta.training import distill_step
 from compression_worker.settings import completed
-from compression_worker.tensors import Spec, TensorFile, TensorFiles, header_bytes, raw_bytes, write_file
+from compression_worker.tensors import TensorFiles, header_bytes, raw_bytes
 from kernels.sign_pack.reference import TILE_ELEMENTS, SignPack, sign_pack, sign_pack_tiles
 
 __all__ = [
@@ -58,8 +66,6 @@ __all__ = [
 ]
 
 METHOD = "bitdelta"
-FINE_BLOB = "fine"
-"""A block's finer scales, which the assembly puts together with those of the others."""
 
 
 def plan_step(context: StepContext) -> StepOutput:
@@ -73,7 +79,7 @@ def plan_step(context: StepContext) -> StepOutput:
             "distill_steps to 0, scale_fit to mean and no target for the initial scales",
         )
     base, variant = (opened(context, name) for name in ("base", "variant"))
-    architecture = check_pair(base, variant, context)
+    architecture = without_equal(check_pair(base, variant, context), base, variant, context)
     if config.senses and (experts := sorted(architecture.stacked())):
         raise CompressionError(
             "no_inputs",
@@ -89,8 +95,9 @@ def plan_step(context: StepContext) -> StepOutput:
     extracted = {step.name.replace(" ", "-"): f"@{first + index}" for index, step in enumerate(steps[first:])}
     layers = {name: place for name, place in extracted.items() if name != "rest"}
     trained = pair | layers | ({"rest": extracted["rest"]} if config.embeddings != "raw" or config.chooses else {})
-    steps += _distillation_steps(config, trained, calibration, len(steps), context.spec.seed)
-    last = {"distillation": f"@{len(steps) - 1}"} if config.distill_steps else {}
+    if layers:
+        steps += _distillation_steps(config, trained, calibration, len(steps), context.spec.seed)
+    last = {"distillation": f"@{len(steps) - 1}"} if config.distill_steps and layers else {}
     chosen = {"choice": guides["choice"]} if "choice" in guides else {}
     steps.append(
         PlannedStep(
@@ -143,7 +150,8 @@ def layer_step(context: StepContext) -> StepOutput:
         if not line["sum_squares"]:
             context.log(f"'{name}' is equal in base and variant: its scale is 0", "warning")
     blobs = {codes_file(linears[0].block): blob.digest}
-    return StepOutput(blobs=blobs | _fine_blob(context, fine), data={"linears": coded})
+    finer = {FINE_BLOB: write_blob(context, fine)} if fine else {}
+    return StepOutput(blobs=blobs | finer, data={"linears": coded})
 
 
 def rest_step(context: StepContext) -> StepOutput:
@@ -160,15 +168,13 @@ def assemble_step(context: StepContext) -> StepOutput:
     rest = context.input("rest")
     distillation = context.input("distillation") if "distillation" in context.spec.inputs else None
     lines = {name: line for layer in layers for name, line in layer.data["linears"].items()}
-    plain, fine = scale_vectors(context, lines, layers, distillation)
-    vectors = {layout.SCALES: plain, layout.FINE: fine}
-    specs = layout.scales_specs(len(plain), len(fine))
-    with context.store.writer() as blob:
-        write_file(blob, {name: (spec, [raw_bytes(vectors[name])]) for name, spec in specs.items()})
+    finals = final_scales(context, lines, layers, distillation)
+    scales = write_blob(context, scale_vectors(lines, finals))
     failpoint("artifact.scales")
     blobs = {name: digest for layer in layers for name, digest in layer.blobs.items() if name != FINE_BLOB}
     table, codings = table_lines(opened(context, "variant"), lines)
-    figures = matrix_figures(lines, plain, distillation)
+    errors = errors_after(context, layers, finals) if distillation else {}
+    figures = matrix_figures(lines, finals, errors, distillation)
     figures["matrices"] += rest.data.get("row_figures", [])
     if "choice" in context.spec.inputs:
         figures["target"] = context.input("choice").data["target"]
@@ -177,7 +183,7 @@ def assemble_step(context: StepContext) -> StepOutput:
         layout=layout.layout_of(codings),
         lines=table,
         rest=rest,
-        blobs={**blobs, **rest.blobs, layout.SCALES_FILE: blob.digest},
+        blobs={**blobs, **rest.blobs, layout.SCALES_FILE: scales},
         figures=figures,
         weigh=layout.weigh,
         name_hint=_name_hint(BitDeltaConfig(**context.spec.params["config"])),
@@ -305,8 +311,7 @@ def _seen(context: StepContext, linears: list[Linear]) -> list[torch.Tensor | No
     if "sensitivity" not in context.spec.inputs:
         return [None] * len(linears)
     digest = context.input("sensitivity").blobs[f"block-{linears[0].block}"]
-    context.store.verify(digest)
-    with TensorFile(context.store.path(digest)) as file:
+    with open_blob(context, digest) as file:
         return [read_inputs(file, linear.name) for linear in linears]
 
 
@@ -360,16 +365,6 @@ def _line(linear: Linear, coding: Coding, made: SignPack | Coded, digest: str) -
         return line | ({"scale": float(made.scales)} if coding.plain else {})
     scale = torch.tensor(made.sum_abs / (linear.outputs * linear.inputs), dtype=torch.float32)
     return line | {"scale": float(scale), "sum_abs": made.sum_abs, "sum_squares": made.sum_squares}
-
-
-def _fine_blob(context: StepContext, fine: dict[str, torch.Tensor]) -> dict[str, str]:
-    """The fp32 scales ``(masks, values)`` of what is coded finer, as a blob of its own."""
-    if not fine:
-        return {}
-    with context.store.writer() as blob:
-        data = {name: (Spec("F32", tuple(one.shape)), [raw_bytes(one)]) for name, one in fine.items()}
-        write_file(blob, data)
-    return {FINE_BLOB: blob.digest}
 
 
 def _name_hint(config: BitDeltaConfig) -> str:

@@ -195,7 +195,10 @@ def _loads(
     yield StepLoad(kind="bitdelta.rest", count=1, units=sizes["kept_bytes"])
     if config.distill_steps:
         yield _distillation(model, shapes, config)
-    yield StepLoad(kind="bitdelta.assemble", count=1, units=sizes["result_bytes"])
+    # Errors that distillation left are taken from whole matrices, where the coding is finer than the published one.
+    finer = _whole_matrices(shapes, config) if config.distill_steps else 0
+    memory = PROCESS_BYTES + finer if finer else 0
+    yield StepLoad(kind="bitdelta.assemble", count=1, units=sizes["result_bytes"], memory_bytes=memory)
 
 
 def _whole_matrices(shapes: Shapes | None, config: BitDeltaConfig) -> int:

@@ -97,13 +97,14 @@ def _manifest_bytes(
     shared: Mapping[str, Json],
     codings: Mapping[str, Coding],
 ) -> int:
+    steps = context.spec.params["config"]["distill_steps"]
     figures = {
         "matrices": [
             {"name": name, "relative_error": 0.612345, "coding": coding.label, "bytes": 123_456}
             | ({"scale0": TYPICAL, "scale": TYPICAL} if coding.plain else {})
             for name, coding in codings.items()
         ],
-        "distillation": None,
+        "distillation": {"losses": [TYPICAL] * steps, "windows": 1000} if steps else None,
         "target": {"ratio": 12.0, "expected": 12.0001},
     }
     pair = {"fingerprint": DIGEST, "checkpoint": DIGEST}

@@ -17,15 +17,16 @@ from compression_worker.checkpoints import Checkpoint, load_model
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.deltas.rows import RowsReader
 from compression_worker.distillation import Adam, Batch, Windows, distill, scheduled
+from compression_worker.making.blobs import open_blob, read_blob, write_blob
 from compression_worker.making.calibration import calibration_windows
 from compression_worker.making.inputs import architecture_of
 from compression_worker.making.table import ROWS_FILE, six_digits
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
-from compression_worker.methods.bitdelta.finish import coding_of, initial_scales, values_of
+from compression_worker.methods.bitdelta.finish import codes_of, coding_of, initial_scales, parts_of, values_of
 from compression_worker.methods.bitdelta.matrices import Matrix
 from compression_worker.methods.bitdelta.student import Student
-from compression_worker.tensors import Spec, TensorFile, TensorFiles, checkpoint_files, raw_bytes, write_file
-from kernels.packing import unpack_signs, words_for
+from compression_worker.tensors import TensorFile, TensorFiles, checkpoint_files
+from kernels.packing import unpack_signs
 
 SMALL_MODEL = 10_000_000
 """Parameters."""
@@ -90,7 +91,7 @@ def _output(
     plain: bool,
 ) -> StepOutput:
     vectors = {name: getattr(adam, name).cpu().contiguous() for name in VECTORS}
-    blobs = {"state": _written(context, vectors)}
+    blobs = {"state": write_blob(context, vectors)}
     curve = list(previous.data["curve"]["losses"]) if previous else []
     curve += [six_digits(loss) for loss in losses]
     context.log(f"loss {curve[0]:.4g} at first, {curve[-1]:.4g} now", "info")
@@ -99,14 +100,8 @@ def _output(
     if plain:
         data["scales"] = scales.tolist()
     else:
-        blobs["scales"] = _written(context, {"scales": scales})
+        blobs["scales"] = write_blob(context, {"scales": scales})
     return StepOutput(blobs=blobs, data=data)
-
-
-def _written(context: StepContext, vectors: Mapping[str, torch.Tensor]) -> str:
-    with context.store.writer() as blob:
-        write_file(blob, {name: (Spec("F32", (len(v),)), [raw_bytes(v)]) for name, v in vectors.items()})
-    return blob.digest
 
 
 def _layers(context: StepContext) -> list[StepOutput]:
@@ -126,9 +121,8 @@ def _unit(initial: torch.Tensor, config: BitDeltaConfig) -> torch.Tensor:
 
 
 def _resumed(context: StepContext, previous: StepOutput) -> Adam:
-    context.store.verify(previous.blobs["state"])
-    with TensorFile(context.store.path(previous.blobs["state"])) as file:
-        return Adam(*(file.tensor(name).to(context.device) for name in VECTORS))
+    state = read_blob(context, previous.blobs["state"])
+    return Adam(*(state[name].to(context.device) for name in VECTORS))
 
 
 def _student(
@@ -148,22 +142,20 @@ def _matrices(
 ) -> dict[str, Matrix]:
     made = {}
     for layer in layers:
-        (digest,) = (digest for name, digest in layer.blobs.items() if name != "fine")
-        with TensorFile(context.store.path(digest)) as codes:
+        with open_blob(context, codes_of(layer)) as codes:
             for name in layer.data["linears"]:
                 made[name] = _matrix(context.device, codes, base.file(name), name, lines[name])
     return {name: made[name] for name in lines}
 
 
 def _matrix(device: str, codes: TensorFile, base: TensorFile, name: str, line: Json) -> Matrix:
-    coding, inputs = coding_of(line), line["linear"]["inputs"]
-    packed = codes.tensor(name).view(coding.masks, words_for(inputs), line["linear"]["outputs"])
-    signs = [unpack_signs(mask, inputs, torch.int8) for mask in packed]
+    coding = coding_of(line)
+    packed, left, right = parts_of(codes, name, line)
+    signs = [unpack_signs(mask, line["linear"]["inputs"], torch.int8) for mask in packed]
     weight = base.tensor(name)
     weight = weight.T.contiguous() if line["linear"]["transposed"] else weight
     if coding.rank:
-        left, right = (codes.tensor(f"{name}#{side}").float() for side in ("left", "right"))
-        weight = weight.to(torch.float32) + left @ right
+        weight = weight.to(torch.float32) + left.float() @ right.float()
     whole = torch.stack(signs) if signs else torch.zeros((0, *weight.shape), dtype=torch.int8)
     return Matrix(weight.to(device), whole.to(device), coding)
 
@@ -175,8 +167,7 @@ def _coded_rows(context: StepContext, base: TensorFiles) -> dict[str, torch.Tens
     rest = context.input("rest")
     if ROWS_FILE not in rest.blobs:
         return {}
-    context.store.verify(rest.blobs[ROWS_FILE])
-    with TensorFile(context.store.path(rest.blobs[ROWS_FILE])) as file:
+    with open_blob(context, rest.blobs[ROWS_FILE]) as file:
         reader = RowsReader(file)
         lines = rest.data["rows"].items()
         return {name: torch.cat(list(reader.tiles(name, line, base.file(name)))) for name, line in lines}

@@ -17,13 +17,13 @@ from compression_worker.deltas.moments import read_inputs
 from compression_worker.deltas.pair import open_pair, whole_delta
 from compression_worker.deltas.rows import CODINGS, merged_rows
 from compression_worker.distillation import Batch
+from compression_worker.making.blobs import open_blob
 from compression_worker.making.calibration import calibration_windows
 from compression_worker.making.inputs import architecture_of, opened
 from compression_worker.making.loading import module_path
 from compression_worker.methods.bitdelta.coding import decode, encode
 from compression_worker.methods.bitdelta.config import BitDeltaConfig
 from compression_worker.methods.bitdelta.options import fitted
-from compression_worker.tensors import TensorFile
 
 WINDOWS, BATCH = 16, 4
 
@@ -55,8 +55,10 @@ class Trial:
         self._base, self._variant = self._pair.__enter__()
         self._seen = contextlib.ExitStack()
         blobs = self._context.input("sensitivity").blobs
-        files = {name: self._context.store.path(digest) for name, digest in blobs.items() if name != "moments"}
-        self._samples = {name: self._seen.enter_context(TensorFile(path)) for name, path in files.items()}
+        own = {name: digest for name, digest in blobs.items() if name != "moments"}
+        self._samples = {
+            name: self._seen.enter_context(open_blob(self._context, digest)) for name, digest in own.items()
+        }
         return self
 
     def __exit__(

@@ -21,8 +21,9 @@ from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput, sha256
 from compression_worker.deltas.kept import BY_ROW, keep_rest
-from compression_worker.deltas.pair import check_pair, open_pair, whole_delta
+from compression_worker.deltas.pair import check_pair, open_pair, whole_delta, without_equal
 from compression_worker.making.assembly import Parcel, assemble
+from compression_worker.making.blobs import write_blob, write_pieces
 from compression_worker.making.inputs import opened
 from compression_worker.making.table import codes_file, relative_error, sides_of
 from compression_worker.making.threads import each, one_thread_per_operation
@@ -31,7 +32,7 @@ from compression_worker.methods.deltadq.config import UNQUANTIZED, DeltaDQConfig
 from compression_worker.methods.deltadq.merge import MergedSparse, load_model
 from compression_worker.methods.deltadq.quantize import Dropout, Survivors, delta_tiles, stored, survivors
 from compression_worker.methods.deltadq.search import group_sizes, search_step
-from compression_worker.tensors import ITEM_SIZES, Spec, TensorFiles, raw_bytes, write_file
+from compression_worker.tensors import ITEM_SIZES, Spec, TensorFiles
 
 __all__ = ["assemble_step", "layer_step", "load_model", "open_merged", "plan_step", "rest_step", "search_step"]
 
@@ -49,10 +50,11 @@ def plan_step(context: StepContext) -> StepOutput:
             f"({config.alpha} spreads survivors most evenly)",
         )
     base, variant = (opened(context, name) for name in ("base", "variant"))
-    architecture = check_pair(base, variant, context)
+    whole = check_pair(base, variant, context)
+    architecture = without_equal(whole, base, variant, context)
     pair = {name: inputs[name] for name in ("base", "variant")}
-    steps = _search_steps(config, architecture, inputs, context.spec.seed) if config.searches else []
-    found = {"search": "@0"} if config.searches else {}
+    steps = _search_steps(config, whole, architecture, inputs, context.spec.seed)
+    found = {"search": "@0"} if steps else {}
     first = len(steps)
     steps += _extraction_steps(config, architecture, pair, found, context.spec.seed)
     extracted = {step.name.replace(" ", "-"): f"@{first + index}" for index, step in enumerate(steps[first:])}
@@ -103,9 +105,8 @@ def layer_step(context: StepContext) -> StepOutput:
     for name, line in lines.items():
         if not line["energy"]:
             context.log(f"'{name}' is equal in base and variant: its survivors are 0", "warning")
-    with context.store.writer() as blob:
-        write_file(blob, tensors)
-    return StepOutput(blobs={codes_file(linears[0].block): blob.digest}, data={"linears": lines})
+    codes = write_pieces(context, tensors)
+    return StepOutput(blobs={codes_file(linears[0].block): codes}, data={"linears": lines})
 
 
 def rest_step(context: StepContext) -> StepOutput:
@@ -120,13 +121,14 @@ def assemble_step(context: StepContext) -> StepOutput:
     rest = context.input("rest")
     found = [item for layer in layers for item in layer.data["linears"].items()]
     lines = dict(sorted(found, key=lambda item: item[1]["place"]))
-    grids = {
-        layout.SCALES: torch.tensor([line["scale"] for line in lines.values()], dtype=torch.float32),
-        layout.ZEROS: torch.tensor([line["zero"] for line in lines.values()], dtype=torch.float32),
-    }
-    with context.store.writer() as blob:
-        specs = layout.grids_specs(len(lines))
-        write_file(blob, {name: (spec, [raw_bytes(grids[name])]) for name, spec in specs.items()})
+    sides = {layout.SCALES: "scale", layout.ZEROS: "zero"}
+    grids = write_blob(
+        context,
+        {
+            name: torch.tensor([line[side] for line in lines.values()], dtype=torch.float32)
+            for name, side in sides.items()
+        },
+    )
     theirs = opened(context, "variant").manifest["tensors"]
     table = {
         name: layout.sparse_entry(Linear(**line["linear"]), theirs[name]["dtype"], line["place"], line)
@@ -140,7 +142,7 @@ def assemble_step(context: StepContext) -> StepOutput:
         blobs={
             **{name: digest for layer in layers for name, digest in layer.blobs.items()},
             **rest.blobs,
-            layout.GRIDS_FILE: blob.digest,
+            layout.GRIDS_FILE: grids,
         },
         figures=_figures(context, config, lines, table, rest),
         weigh=layout.weigh,
@@ -157,11 +159,15 @@ def open_merged(base: Checkpoint, artifact: Artifact) -> MergedSparse:
 
 
 def _search_steps(
-    config: DeltaDQConfig, architecture: Architecture, inputs: dict[str, str], seed: int
+    config: DeltaDQConfig, whole: Architecture, coded: Architecture, inputs: dict[str, str], seed: int
 ) -> list[PlannedStep]:
+    """On all linears of the first block that has a coded one; none where no size is looked for."""
+    changed = [members for members, block in zip(whole.blocks, coded.blocks, strict=True) if block]
+    if not config.searches or not changed:
+        return []
     # Experts of a mixture are computed together, so that what goes into each cannot be seen.
-    hidden = architecture.stacked()
-    first = [one for one in next(block for block in architecture.blocks if block) if one.name not in hidden]
+    hidden = whole.stacked()
+    first = [one for one in changed[0] if one.name not in hidden]
     return [
         PlannedStep(
             name="group size",
@@ -257,5 +263,7 @@ def _figures(
             "nominal_ratio": config.nominal_ratio,
             "true_ratio": float(f"{whole / stored_bytes:.6g}"),
             "csr_ratio": float(f"{whole / csr:.6g}"),
-        },
+        }
+        if table
+        else None,
     }

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from compression_worker.architecture import Linear
 from compression_worker.contracts import Json
 from compression_worker.making.table import codes_file, sides_of
-from compression_worker.tensors import Spec
 
 GRIDS_FILE = "grids.safetensors"
 SCALES, ZEROS = "scales", "zeros"
@@ -26,11 +25,6 @@ LAYOUT: Json = {
     "rule": "the ceil(size / alpha) smallest keys of a group survive, ties by the lower index",
     "lowest_bit_first": True,
 }
-
-
-def grids_specs(count: int) -> dict[str, Spec]:
-    """The header of the grids."""
-    return {SCALES: Spec("F32", (count,)), ZEROS: Spec("F32", (count,))}
 
 
 def sparse_entry(linear: Linear, dtype: str, place: int, line: Json) -> Json:

@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
         "--ratio", type=float, action="append", default=[], help="also measure peers at this true ratio (repeatable)"
     )
     made.add_argument("--keep", type=Path, metavar="DIR", help="keep artifacts of ours there; use those that are there")
-    made.add_argument("--only", default="", metavar="WORDS", help="peers whose label has these words; all without")
+    made.add_argument(
+        "--only", action="append", default=[], metavar="WORDS", help="peers whose label has these words (repeatable)"
+    )
     made.add_argument("--name", default="pair", help="what the pair is called in results.csv")
     made.add_argument("--out", type=Path, help="a file for the tables; standard output without")
     made.add_argument("--record", action="store_true", help="add the figures to results.csv")
@@ -83,8 +85,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if found.failed else 0
 
 
-def asked_for(peer: Peer, words: str) -> bool:
-    return words.lower() in peer.label.lower()
+def asked_for(peer: Peer, words: list[str]) -> bool:
+    """Whether a label has any of the words; each has where none is given."""
+    return not words or any(one.lower() in peer.label.lower() for one in words)
 
 
 if __name__ == "__main__":

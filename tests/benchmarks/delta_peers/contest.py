@@ -31,7 +31,7 @@ SAME = 0.015
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One measured form. ``windows`` holds the sums by window behind its figures."""
+    """One measured form. ``windows`` holds the sums by window behind its figures; ``contends``: see ``Row.peers``."""
 
     name: str
     kept: str
@@ -41,6 +41,7 @@ class Line:
     true: float
     bits: float
     windows: list[Json]
+    contends: bool = True
 
 
 @dataclass
@@ -55,6 +56,11 @@ class Round:
     peers: list[Line] = field(default_factory=list)
     too_large: list[tuple[str, str]] = field(default_factory=list)
     """Label, and what is kept, of each peer that cannot be made so small."""
+
+    @property
+    def contended(self) -> bool:
+        """Whether peers are made of this size."""
+        return not self.ours or any(line.contends for line in self.ours)
 
 
 @dataclass
@@ -141,6 +147,7 @@ def _ours(
             true=summary["true_ratio"],
             bits=summary["bits_per_weight"],
             windows=evaluator.model(ours.model(artifact, pair)),
+            contends=row.peers,
         )
         _say(line, started)
         lines.append(line)
@@ -149,16 +156,17 @@ def _ours(
 
 
 def _challenge(peer: Peer, pair: Pair, evaluator: Evaluator, side: int, scratch: Path, contest: Contest) -> None:
-    """Measure a peer at each round's size; one without a dial once, in the round that is nearest in size."""
+    """Measure a peer at each contended size; one without a dial once, in the round that is nearest in size."""
+    contended = [one for one in contest.rounds if one.contended]
     if peer.dials(pair) is None:
         line = measured(peer, pair, evaluator, 0.0, side, scratch)
-        if contest.rounds:
-            nearest = min(contest.rounds, key=lambda one: abs(one.size - line.size))
+        if contended:
+            nearest = min(contended, key=lambda one: abs(one.size - line.size))
             nearest.peers.append(line)
         return
     sizes: dict[float, int] = {}
     lines: dict[float, Line] = {}
-    for one in contest.rounds:
+    for one in contended:
         match: Match | None = match_size(peer, pair, one.size - side, sizes)
         if match is None:
             one.too_large.append((peer.label, pair.kept_words(peer.scope)))

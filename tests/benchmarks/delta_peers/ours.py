@@ -24,12 +24,17 @@ WHOLE = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One artifact to make: a method of the catalogue and its settings. ``calibrated`` rows get the calibration text."""
+    """One artifact to make: a method of the catalogue and its settings. ``calibrated`` rows get the calibration text.
+
+    ``peers``: whether peers are made as large as it; a row without them is measured and gets no verdict, unless its
+    size is about that of a row with them.
+    """
 
     name: str
     method: str
     set: tuple[str, ...]
     calibrated: bool = False
+    peers: bool = True
 
 
 class Refused(Exception):

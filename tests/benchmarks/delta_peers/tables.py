@@ -19,17 +19,48 @@ WORDS = {
     VerdictKind.UNCLEAR: "not enough evidence",
 }
 COLUMNS = ("form", "kept as it is", "size", "true", "nominal", "bits/weight", "perplexity", "KL", "top-1 %")
+CONTEST = ("best peer in as many bytes: its KL", "KL of ours − its", "better than")
 
 
 def markdown(contest: Contest, config: EvaluationConfig, windows: int) -> str:
-    """The tables, round by round, with the verdicts on ours and what is missing."""
+    """One table of ours with the verdicts, then every form, round by round, and what is missing."""
     blocks = [_ends(contest, config, windows)]
-    blocks += [_round(one, config) for one in contest.rounds]
+    if any(one.ours for one in contest.rounds):
+        blocks += [_ours(contest, config)]
     verdicts = "\n".join(f"- {line}" for line in _summary(contest, config))
-    blocks += [f"Ours at equal bytes, by KL (margin {100 * MARGIN:.0f} % of the peer's):\n\n{verdicts}"]
+    if verdicts:
+        blocks += [f"Ours at equal bytes, by KL (margin {100 * MARGIN:.0f} % of the peer's):\n\n{verdicts}"]
+    blocks += [_round(one, config) for one in contest.rounds]
     if notes := [*contest.notes, *_too_large(contest)]:
         blocks += ["Not in the tables:\n\n" + "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _ours(contest: Contest, config: EvaluationConfig) -> str:
+    """A line for each of ours: its figures, the peer that comes nearest to the variant in no more bytes, the count."""
+    lines = [(one, mine) for one in contest.rounds for mine in one.ours]
+    found = figures({str(at): mine.windows for at, (_, mine) in enumerate(lines)}, "0", config)
+    rows = [[*COLUMNS, *CONTEST], ["---"] * (len(COLUMNS) + len(CONTEST))]
+    rows += [[*_cells(mine, found, str(at)), *_standing(mine, one, config)] for at, (one, mine) in enumerate(lines)]
+    return _lines(rows)
+
+
+def _standing(mine: Line, one: Round, config: EvaluationConfig) -> list[str]:
+    """The best peer in reach with its KL, ours minus that, how many of its size ours beats."""
+    peers = [line for line in one.peers if in_reach(line, mine)]
+    if not peers:
+        return ["no peer was made of this size", "", ""]
+    best = min(peers, key=divergence)
+    equal = [line for line in peers if not unequal(line, mine)]
+    won = [compare(mine.windows, line.windows, config).verdict.kind for line in equal].count(VerdictKind.BETTER)
+    name = f"{best.name} ({best.kept} kept{unequal(best, mine)}): {divergence(best):.4f}"
+    return [name, _difference(mine, best, config), f"{won} of {len(equal)}"]
+
+
+def divergence(line: Line) -> float:
+    """Mean KL divergence from the variant, in nats a token."""
+    tokens, kl = (sum(window[key] for window in line.windows) for key in ("tokens", "kl"))
+    return float(kl / tokens)
 
 
 def _too_large(contest: Contest) -> Iterator[str]:
@@ -42,10 +73,10 @@ def _too_large(contest: Contest) -> Iterator[str]:
 def keep_records(contest: Contest, name: str) -> None:
     """A line of results.csv for each form: its KL, and what it costs."""
     for line in [line for one in contest.rounds for line in (*one.ours, *one.peers)]:
-        tokens, kl, agreements = (sum(window[key] for window in line.windows) for key in ("tokens", "kl", "agreements"))
+        tokens, agreements = (sum(window[key] for window in line.windows) for key in ("tokens", "agreements"))
         form = f"{name}: {line.name}, {line.kept} kept" + (f", {line.dial}" if line.dial else "")
         unit = f"nats/token; {line.size} bytes, true ratio {line.true:.2f}, top-1 {agreements / tokens:.4f}"
-        record(form, kl / tokens, unit, benchmark="delta_peers")
+        record(form, divergence(line), unit, benchmark="delta_peers")
 
 
 def _ends(contest: Contest, config: EvaluationConfig, windows: int) -> str:
@@ -64,8 +95,11 @@ def _round(one: Round, config: EvaluationConfig) -> str:
     rows = [heads, ["---"] * len(heads)]
     for at, line in enumerate(lines):
         rows.append([*_cells(line, found, str(at)), *_against(line, one, config)])
-    title = f"**At {megabytes(one.size)}**"
-    return title + "\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"**At {megabytes(one.size)}**\n\n" + _lines(rows)
+
+
+def _lines(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _cells(line: Line, found: dict[str, Json], key: str) -> list[str]:
@@ -81,9 +115,14 @@ def _against(line: Line, one: Round, config: EvaluationConfig) -> Iterator[str]:
         if line in one.ours:
             yield ""
             continue
-        found = compare(mine.windows, line.windows, config)
-        span = f"{found.difference:+.4f} ({found.low:+.4f} … {found.high:+.4f})"
-        yield span + (f" {WORDS[found.verdict.kind]}" if in_reach(line, mine) else "") + unequal(line, mine)
+        yield _difference(mine, line, config) + unequal(line, mine)
+
+
+def _difference(mine: Line, line: Line, config: EvaluationConfig) -> str:
+    """Ours minus a peer, and the verdict where the peer is in reach."""
+    found = compare(mine.windows, line.windows, config)
+    span = f"{found.difference:+.4f} ({found.low:+.4f} … {found.high:+.4f})"
+    return span + (f" {WORDS[found.verdict.kind]}" if in_reach(line, mine) else "")
 
 
 def in_reach(line: Line, mine: Line) -> bool:
@@ -99,7 +138,7 @@ def unequal(line: Line, mine: Line) -> str:
 
 def _summary(contest: Contest, config: EvaluationConfig) -> Iterator[str]:
     """For each of ours how it stands against peers of its size; and each peer, smaller ones too, that it does not beat."""
-    for one in contest.rounds:
+    for one in filter(lambda one: one.contended, contest.rounds):
         for mine in one.ours:
             results = [
                 (line, compare(mine.windows, line.windows, config).verdict.kind)

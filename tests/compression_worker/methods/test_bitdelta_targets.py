@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from compression_worker.artifact import Artifact, load_compressed_model
 from compression_worker.checkpoints import Checkpoint, load_model
@@ -58,6 +59,34 @@ def test_what_a_target_chose_is_distilled_dropped_matrices_among_it(bench: Bench
     assert codings & {"dropped", "rank 4", "rank 16"}
     losses = output.data["figures"]["distillation"]["losses"]
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_a_target_ratio_counts_the_loss_curve_of_a_distillation(bench: Bench) -> None:
+    output = bench.compress({"target_ratio": 1.8, "distill_steps": 600, "batch_size": 1, "sequence_length": 8})
+    assert output.data["true_ratio"] == pytest.approx(1.8, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"scale": "group", "group_size": 24, "masks": 2, "residual_rank": 2}, {"scale_fit": "activations"}],
+    ids=["finer", "one scale that was fitted"],
+)
+def test_the_error_of_a_matrix_is_that_of_its_distilled_scales(bench: Bench, config: Json) -> None:
+    training = {"distill_steps": 4, "learning_rate": 0.3, "learning_rate_unit": "relative"}
+    initial, distilled = (bench.compress(config | steps) for steps in ({"distill_steps": 0}, training))
+    before, after = (
+        {line["name"]: line["relative_error"] for line in output.data["figures"]["matrices"]}
+        for output in (initial, distilled)
+    )
+    variant = load_file(bench.variant_dir / "model.safetensors")
+    base = load_file(bench.base_dir / "model.safetensors")
+    artifact = Artifact.open_store(bench.store, distilled.data["artifact"])
+    with merge.MergedSigns(Checkpoint.open(bench.store, bench.base), artifact) as merged:
+        for name, error in after.items():
+            delta = variant[name].float() - base[name].float()
+            lost = merged.tensor(name, torch.float32) - variant[name].float()
+            assert error == pytest.approx(float(lost.norm() / delta.norm()), rel=1e-3), name
+            assert error != before[name]
 
 
 def test_a_ratio_out_of_reach_is_refused_with_the_nearest(bench: Bench) -> None:

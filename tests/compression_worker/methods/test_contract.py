@@ -24,6 +24,7 @@ from compression_worker.artifact import Artifact
 from compression_worker.catalog import METHODS
 from compression_worker.checkpoints import Checkpoint, attach_folder, load_folder
 from compression_worker.contracts import CompressionError, Json, StepOutput, StepSpec
+from compression_worker.preflight import Estimate, Inputs, Model
 from compression_worker.runner import Runner, run_plan
 from compression_worker.samples import TEXT, parse_samples
 from compression_worker.store import Store
@@ -328,3 +329,50 @@ def test_too_little_text_is_refused(method: str, tmp_path: Path) -> None:
     with pytest.raises(CompressionError, match="give more text") as refused:
         pair.compress(method)
     assert refused.value.code == "too_few_tokens"
+
+
+@every_delta_method
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("trained", [False, True], ids=["initial", "trained"])
+def test_matrices_that_are_the_base_s_own_cost_nothing(method: str, family: str, trained: bool, tmp_path: Path) -> None:
+    pair = fresh(tmp_path, family)
+    whole = pair.compress(method, trained=trained)
+    base, linears = pair.weights("base"), list(describe(whole.artifact.config).linears())
+    touched = {linear.name for linear in linears if any(side in linear.name for side in ("q_proj", "v_proj", "c_attn"))}
+    untouched = {linear.name for linear in linears} - touched
+    edit_weights(pair.variant_dir, lambda state: state | {name: base[name] for name in untouched})
+    adapted = Pair(pair.base_dir, pair.variant_dir, pair.store)
+    made = adapted.compress(method, trained=trained)
+    table = made.artifact.manifest["tensors"]
+    experts = {name for name in untouched if ".experts." in name}
+    assert {name for name in touched | untouched if table[name]["kind"] == "base"} == untouched - experts
+    assert made.output.data["artifact_bytes"] < whole.output.data["artifact_bytes"]
+    restored = load_file(made.restored(tmp_path / "model") / "model.safetensors")
+    assert all(torch.equal(restored[name], base[name]) for name in untouched - experts)
+    assert any(not torch.equal(restored[name], base[name]) for name in touched)
+    full = logits(made.load(torch.float32))
+    assert torch.equal(logits(made.load()), logits(load_folder(tmp_path / "model")))
+    if "packed" in inspect.signature(import_module(METHODS[method].implementation).load_model).parameters:
+        torch.testing.assert_close(logits(made.load(torch.float32, packed=True)), full, rtol=1e-4, atol=1e-4)
+    assert forecast(adapted, method, trained).result_bytes >= 0.99 * made.output.data["artifact_bytes"]
+
+
+@every_delta_method
+def test_a_pair_that_differs_in_its_embeddings_alone_has_nothing_coded(method: str, tmp_path: Path) -> None:
+    pair = fresh(tmp_path)
+    table = "model.embed_tokens.weight"
+    changed = pair.weights("variant")[table]
+    edit_weights(pair.variant_dir, lambda state: pair.weights("base") | {table: changed})
+    made = pair.compress(method, trained=True)
+    assert made.artifact.manifest["figures"]["matrices"] == []
+    assert {part["name"] for part in made.artifact.parts}.isdisjoint({"codes", "scales"})
+    assert torch.equal(load_file(made.restored(tmp_path / "model") / "model.safetensors")[table], changed)
+
+
+def forecast(pair: Pair, method: str, trained: bool) -> Estimate:
+    """What a page promises before the job."""
+    manifest = Checkpoint.open(pair.store, pair.inputs["variant"]).manifest
+    model = Model(**{key: manifest[key] for key in ("config", "parameters", "weight_bytes", "size_bytes")})
+    config = METHODS[method].config_class()(**SETTINGS.get(method, ({}, {}))[trained])
+    found: Estimate = METHODS[method].forecaster().estimate(config, Inputs(variant=model, base=model, text_bytes=1))
+    return found
