@@ -49,6 +49,7 @@ from dashboard.services.steps import (
     step_watch,
 )
 from dashboard.services.storage import storage_tend
+from dashboard.services.studies import studies_advance
 from dashboard.services.units import forget_broken_connection, persist
 from dashboard.transitions import STALLED, has_stalled, progress_limit
 
@@ -200,6 +201,7 @@ class Execution:
         claim = step_claim(worker=self.name, queues=self.queues)
         if claim is None:
             demo_advance()
+            studies_advance()
             claim = step_claim(worker=self.name, queues=self.queues)
         if claim is None:
             return False
@@ -224,6 +226,7 @@ class Execution:
         self.announce()
         reconcile()
         demo_advance()
+        studies_advance()
         storage_tend()
 
     def _run(self, claim: Claim) -> None:

@@ -27,11 +27,11 @@ METRICS: Mapping[str, Term] = {
     ),
     "kl_divergence": Term(
         _("KL divergence"),
-        _("How far the model's next-token probabilities are from those of the uncompressed variant; 0 is identical."),
+        _("How far the model's next-token probabilities are from those of the uncompressed model; 0 is identical."),
     ),
     "top1_agreement": Term(
         _("Top-1 agreement"),
-        _("How often the most likely next token is the same as that of the uncompressed variant."),
+        _("How often the most likely next token is the same as that of the uncompressed model."),
     ),
     "choice_accuracy": Term(_("Choice accuracy"), _("Share of multiple-choice questions that are answered correctly.")),
 }
@@ -44,19 +44,31 @@ TERMS: Mapping[str, Term] = {
         _("Variant"), _("A fine-tuned model at full precision: what clients should get, and what a rollback restores.")
     ),
     "artifact": Term(
-        _("Artifact"), _("What a compression job publishes: immutable bytes that, with the base, stand for a variant.")
+        _("Artifact"),
+        _("What a compression job publishes: immutable bytes that stand for a model, by themselves or with its base."),
     ),
     "delta": Term(_("Delta"), _("The difference between a variant's weights and its base's weights.")),
     "true_ratio": Term(
         _("True ratio"),
-        _("Bytes of the variant as imported over every byte of the artifact, its manifest included."),
+        _("Bytes of the model as imported over every byte of the artifact, its manifest included."),
     ),
     "nominal_ratio": Term(
         _("Nominal ratio"), _("The ratio as the method's paper counts it, for the compressed matrices alone.")
     ),
     "bits_per_weight": Term(_("Bits per weight"), _("All bits of the artifact over the number of weights.")),
     "relative_error": Term(
-        _("Relative error"), _("Size of what is lost over the size of the delta, matrix by matrix; 0 is exact.")
+        _("Relative error"),
+        _("Size of what is lost over the size of what was compressed, matrix by matrix; 0 is exact."),
+    ),
+    "proxy_loss": Term(
+        _("Proxy loss"),
+        _("How much of a layer's output on the calibration text is lost, relative to that output; 0 is exact."),
+    ),
+    "linears_bits": Term(
+        _("Bits of a linear's weight"), _("Bits stored for each weight of the compressed matrices, scales counted.")
+    ),
+    "study": Term(
+        _("Study"), _("Several compressions of one model, each measured alike, so that they can be compared.")
     ),
     "interval": Term(
         _("95 % interval"),
@@ -79,9 +91,7 @@ TERMS: Mapping[str, Term] = {
     "alias": Term(
         _("Alias"), _("The model name that clients use. It stays the same through every change and rollback.")
     ),
-    "rollback": Term(
-        _("Rollback"), _("Back to full precision: the environment serves the uncompressed variant again.")
-    ),
+    "rollback": Term(_("Rollback"), _("Back to full precision: the environment serves the uncompressed model again.")),
     "certificate": Term(
         _("Rollback certificate"),
         _("Proof that a rollback was really rehearsed: files re-hashed, weights compared, a prompt answered, timed."),

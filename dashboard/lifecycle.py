@@ -20,7 +20,7 @@ class Conflict(Refused):
 
 class JobKind(TextChoices):
     IMPORT = "import", _("Import")  # copy a checkpoint folder into the store, by digest
-    COMPRESS = "compress", _("Compression")  # make an artifact from a base and a variant
+    COMPRESS = "compress", _("Compression")  # make an artifact from a variant and its base, or from one checkpoint
     EVALUATE = "evaluate", _("Evaluation")  # measure base, variant and artifact on sample sets
     REHEARSE = "rehearse", _("Rollback rehearsal")  # restore full precision for real, verify it, time it
     ESCROW = "escrow", _("Escrow")  # keep a variant bit for bit as its difference from the base

@@ -15,6 +15,7 @@ from dashboard.views import (
     registry,
     releases,
     storage,
+    studies,
     system,
 )
 
@@ -41,6 +42,11 @@ urlpatterns = [
     path("jobs/<int:pk>/cancel/", jobs.job_cancel_page, name="job-cancel"),
     path("jobs/<int:pk>/retry/", jobs.job_retry_page, name="job-retry"),
     path("jobs/<int:pk>/priority/", jobs.job_priority, name="job-priority"),
+    path("jobs/studies/", studies.study_list, name="study-list"),
+    path("jobs/studies/new/", studies.study_new, name="study-new"),
+    path("jobs/studies/<int:pk>/", studies.study_detail, name="study-detail"),
+    path("jobs/studies/<int:pk>/stop/", studies.study_stop_page, name="study-stop"),
+    path("jobs/studies/<int:pk>/resume/", studies.study_resume_page, name="study-resume"),
     path("evaluations/", evaluations.evaluation_list, name="evaluation-list"),
     path("evaluations/new/", evaluations.evaluation_new, name="evaluation-new"),
     path("evaluations/<int:pk>/", evaluations.evaluation_detail, name="evaluation-detail"),

@@ -6,6 +6,7 @@ Rows are written directly, not through services, so that tests of pages depend o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from itertools import count
 from types import SimpleNamespace
@@ -39,8 +40,10 @@ from dashboard.models import (
     SampleSet,
     ServerReport,
     Step,
+    Study,
     Sweep,
     SweepBlob,
+    Trial,
     User,
     Worker,
 )
@@ -169,17 +172,21 @@ def make_checkpoint(name: str, base: Checkpoint | None = None, **fields: Any) ->
     return Checkpoint.objects.create(name=name, base=base, **values | fields)
 
 
-def make_artifact(variant: Checkpoint, job: Job | None = None, **fields: Any) -> Artifact:
-    assert variant.base is not None
+def make_artifact(
+    variant: Checkpoint, job: Job | None = None, *, alone: bool = False, method: str = "bitdelta", **fields: Any
+) -> Artifact:
+    """``alone``: it holds the whole model, of a base or of a variant."""
+    base = variant if alone else variant.base
+    assert base is not None
     matrices = [
         {"name": f"model.layers.{layer}.{kind}", "scale": 0.01, "relative_error": 0.35 + layer / 20 + at / 100}
         for layer in range(4)
         for at, kind in enumerate(("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"))
     ]
     values: dict[str, Any] = {
-        "name": f"bitdelta of {variant.name}",
+        "name": f"{method} of {variant.name}",
         "digest": digest(),
-        "method": "bitdelta",
+        "method": method,
         "config": {"distill_steps": 200, "learning_rate": 1e-4},
         "source_bytes": 5_200_000,
         "artifact_bytes": 1_000_000,
@@ -194,8 +201,67 @@ def make_artifact(variant: Checkpoint, job: Job | None = None, **fields: Any) ->
         "figures": {"matrices": matrices, "distillation": {"losses": [1 / (n + 2) for n in range(40)], "windows": 9}},
     }
     return Artifact.objects.create(
-        variant=variant, base=variant.base, job=job or make_job(variant=variant, method="bitdelta"), **values | fields
+        variant=variant, base=base, job=job or make_job(variant=variant, method=method), **values | fields
     )
+
+
+def standalone_figures(bits: float = 4.16) -> dict[str, Any]:
+    """What a method tells that compresses a model by itself and trains a correction."""
+    return {
+        "linears": {"bits_per_weight": bits},
+        "matrices": [
+            {
+                "name": f"model.layers.{layer}.{kind}",
+                "relative_error": 0.1 + layer / 50,
+                "proxy_loss": 0.002 + layer / 1000 + at / 5000,
+                "bits": 4,
+            }
+            for layer in range(4)
+            for at, kind in enumerate(("self_attn.q_proj", "mlp.down_proj"))
+        ],
+        "training": {
+            "tokens": 8192,
+            "losses": [1 / (n + 2) for n in range(20)],
+            "peak_bytes": 60_000_000,
+            "lora_fp16_bytes": 120_000_000,
+            "lora_fp32_bytes": 180_000_000,
+            "full_finetune_bytes": 400_000_000,
+        },
+    }
+
+
+def make_study(
+    variant: Checkpoint, ways: Sequence[tuple[str, int | None]] = (("bitdelta", None),), **fields: Any
+) -> Study:
+    """A study whose compressions are queued; ``ways``: method and bits of each."""
+    by = fields.pop("created_by", None) or make_user(Role.ENGINEER)
+    values: dict[str, Any] = {"title": f"study of {variant.name}", "config": {}, "queue": "cpu"}
+    if "choice_set" not in fields:
+        values["text_set"] = SampleSet.objects.filter(kind="text").first() or make_sample_set()
+    study = Study.objects.create(variant=variant, created_by=by, **values | fields)
+    for index, (method, bits) in enumerate(ways):
+        job = make_job(state=JobState.QUEUED, created_by=by, variant=variant, method=method, title=f"{method} {bits}")
+        Trial.objects.create(study=study, index=index, method=method, bits=bits, compression=job)
+    return study
+
+
+def measure_trial(trial: Trial, *, perplexity: float = 5.0, bits: float = 4.16, **fields: Any) -> Artifact:
+    """Bring a trial to its end: an artifact, and an evaluation of it that found ``perplexity``."""
+    study, now = trial.study, timezone.now()
+    Job.objects.filter(pk=trial.compression_id).update(state=JobState.SUCCEEDED, started_at=now, finished_at=now)
+    trial.compression.refresh_from_db()
+    alone = trial.method not in ("bitdelta", "deltadq")
+    figures = standalone_figures(bits) if alone else {}
+    made = make_artifact(
+        study.variant, trial.compression, method=trial.method, alone=alone, bits_per_weight=bits + 2,
+        **{"figures": figures, "name": f"{trial.method}-{trial.bits}"} | fields,
+    )  # fmt: skip
+    trial.evaluation = make_job(JobKind.EVALUATE, created_by=study.created_by, variant=study.variant)
+    trial.save()
+    results = summary()
+    results["metrics"][0]["values"]["compressed"] = value(perplexity, 0.1)
+    make_evaluation(made, job=trial.evaluation, text_set=study.text_set, choice_set=study.choice_set, results=results)
+    return made
 
 
 def make_escrow(variant: Checkpoint, **fields: Any) -> Escrow:
@@ -281,10 +347,10 @@ def summary() -> dict[str, Any]:
     }
 
 
-def make_evaluation(artifact: Artifact, **fields: Any) -> Evaluation:
+def make_evaluation(artifact: Artifact, job: Job | None = None, **fields: Any) -> Evaluation:
     values: dict[str, Any] = {"digest": digest(), "results": summary()}
     return Evaluation.objects.create(
-        variant=artifact.variant, artifact=artifact, job=make_job(JobKind.EVALUATE), **values | fields
+        variant=artifact.variant, artifact=artifact, job=job or make_job(JobKind.EVALUATE), **values | fields
     )
 
 
@@ -423,4 +489,6 @@ def make_world() -> SimpleNamespace:
     make_report(production)
     make_worker()
     sweep = make_sweep()
+    study = make_study(variant, [("bitdelta", None), ("deltadq", 4)], text_set=text)
+    measure_trial(study.trials.get(index=0))
     return SimpleNamespace(**locals())

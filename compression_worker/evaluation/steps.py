@@ -33,7 +33,8 @@ def plan_step(context: StepContext) -> StepOutput:
     inputs = dict(context.spec.inputs)
     _check_inputs(context, inputs)
     targets = _targets(context, inputs)
-    steps = [_target_step(target, inputs, config) for target in targets]
+    alone = "artifact" in inputs and _stands_alone(context, inputs["artifact"])
+    steps = [_target_step(target, inputs, config, alone) for target in targets]
     summary = PlannedStep(
         name="summary",
         kind="evaluation.summary",
@@ -75,11 +76,12 @@ def _targets(context: StepContext, inputs: Mapping[str, str]) -> list[str]:
     return ["base", *targets]
 
 
-def _target_step(target: str, inputs: Mapping[str, str], config: EvaluationConfig) -> PlannedStep:
+def _target_step(target: str, inputs: Mapping[str, str], config: EvaluationConfig, alone: bool) -> PlannedStep:
+    """``alone``: what is compressed stands alone, so that its figures do not depend on a base."""
     needed = {
         "base": ("base", REFERENCE, "text", "choice"),
         REFERENCE: (REFERENCE, "text", "choice"),
-        "compressed": ("base", "artifact", REFERENCE, "text", "choice"),
+        "compressed": (*(() if alone else ("base",)), "artifact", REFERENCE, "text", "choice"),
     }
     return PlannedStep(
         name=target,

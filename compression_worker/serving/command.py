@@ -56,7 +56,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=ARTIFACT",
-        help="without a database: an artifact folder that answers as NAME (repeat for more)",
+        help="without a database: an artifact folder that answers as NAME (repeat for more); a difference needs --base",
     )
 
 
@@ -65,21 +65,26 @@ def serve_command(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     check_arguments(args)
     with bound(args.host, args.port) as listener:
-        return alone(args, listener) if args.base else following(args, listener)
+        return alone(args, listener) if without_database(args) else following(args, listener)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse flags that do not go together."""
-    if args.base and (args.store or args.environment):
-        raise CompressionError("usage", "--base stands alone: leave out --store and --environment")
-    if args.variant and not args.base:
-        raise CompressionError("usage", "--variant needs the base that its artifact was made against: give --base DIR")
-    if args.base:
+    if without_database(args):
+        if args.store or args.environment:
+            raise CompressionError("usage", "--base and --variant stand alone: leave out --store and --environment")
         variant_folders(args.variant)
     elif not args.store:
-        raise CompressionError("usage", "give --store ROOT to follow a database, or --base DIR to stand alone")
+        raise CompressionError(
+            "usage", "give --store ROOT to follow a database, or --base DIR or --variant NAME=ARTIFACT to stand alone"
+        )
     elif not os.environ.get(DSN_VARIABLE):
         raise CompressionError("usage", f"{DSN_VARIABLE} is not set: it says how the pointer's database is reached")
+
+
+def without_database(args: argparse.Namespace) -> bool:
+    """Whether folders are served, and no pointer is followed."""
+    return bool(args.base or args.variant)
 
 
 def variant_folders(given: list[str]) -> dict[str, Path]:
@@ -137,7 +142,7 @@ def following(args: argparse.Namespace, listener: socket.socket) -> int:
 
 
 def alone(args: argparse.Namespace, listener: socket.socket) -> int:
-    """Serve a base under its folder's name and each artifact under the name it was given."""
+    """Serve each artifact under the name it was given, and a base, where one is given, under its folder's name."""
     import tempfile
 
     from compression_worker.serving.standalone import load_folders
@@ -146,7 +151,11 @@ def alone(args: argparse.Namespace, listener: socket.socket) -> int:
     variants = Variants()
     with tempfile.TemporaryDirectory(prefix="deltaworks-serve-") as scratch:
         load_folders(
-            variants, Path(args.base), variant_folders(args.variant), scratch=Path(scratch), device=_device(args.device)
+            variants,
+            Path(args.base) if args.base else None,
+            variant_folders(args.variant),
+            scratch=Path(scratch),
+            device=_device(args.device),
         )
         return run(args, listener, variants, lambda: (True, {"stale": False, "environments": {}}))
 

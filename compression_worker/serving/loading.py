@@ -41,13 +41,19 @@ class Loader:
             model = load_model(checkpoint, device=self._device, dtype=answering_dtype(self._device))
             return finished(digest, model, load_tokenizer(checkpoint), abandoned)
 
-    def compressed(self, digest: str, base: str, abandoned: Abandoned) -> Resident:
-        """The artifact whose manifest is ``digest``, on the checkpoint ``base``."""
+    def compressed(self, digest: str, base: str | None, abandoned: Abandoned) -> Resident:
+        """The artifact whose manifest is ``digest``, on the checkpoint ``base``.
+
+        One that stands alone needs no base: whatever is named as such is neither read nor hashed.
+        """
         what = f"artifact {digest[:12]}"
         with _named(f"the manifest of {what}"):
             artifact = Artifact.open_store(self._store, digest)
+        if base is None or artifact.stands_alone:
+            with _named(what):
+                return compressed_resident(None, artifact, self._device, abandoned)
         with self._verified("base checkpoint", base, abandoned) as checkpoint, _named(what):
-            return on_base(checkpoint, artifact, self._device, abandoned)
+            return compressed_resident(checkpoint, artifact, self._device, abandoned)
 
     def _verified(self, what: str, digest: str, abandoned: Abandoned) -> Checkpoint:
         """The checkpoint, its manifest and every file hashed again; a refusal says which file."""
@@ -70,8 +76,11 @@ def answering_dtype(device: str) -> torch.dtype | None:
     return torch.float32 if device == "cpu" else None
 
 
-def on_base(base: Checkpoint, artifact: Artifact, device: str, abandoned: Abandoned) -> Resident:
-    """A compressed model from what was opened already; hashes the artifact's files."""
+def compressed_resident(base: Checkpoint | None, artifact: Artifact, device: str, abandoned: Abandoned) -> Resident:
+    """A compressed model from what was opened already; hashes the artifact's files.
+
+    Raises :class:`CompressionError` (``missing_base``) for a difference without its ``base``.
+    """
     if abandoned():
         raise LoadAbandoned
     model = load_compressed(base, artifact, device, answering_dtype(device))

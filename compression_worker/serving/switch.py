@@ -28,7 +28,10 @@ LONGEST_RETRY_SECONDS = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Pointer:
-    """A row of the view: what an environment should answer from. Digests of what is not there are None."""
+    """A row of the view: what an environment should answer from. Digests of what is not there are None.
+
+    An artifact that stands alone has the checkpoint that it was made from as its base, too.
+    """
 
     environment: str
     alias: str
@@ -68,7 +71,7 @@ class Loads(Protocol):
 
     def full_precision(self, digest: str, abandoned: Abandoned) -> Resident: ...
 
-    def compressed(self, artifact: str, base: str, abandoned: Abandoned) -> Resident: ...
+    def compressed(self, artifact: str, base: str | None, abandoned: Abandoned) -> Resident: ...
 
 
 class Switch:
@@ -166,7 +169,7 @@ class Switch:
                 generation=pointer.generation,
                 resident=full,
             )
-            if artifact is None or base is None:
+            if artifact is None:
                 self._swap(pointer, handle)
                 return
             try:

@@ -69,7 +69,7 @@ class EvaluationForm(ConfigForm):
 
     target = TargetField(
         label=gettext_lazy("Evaluate"),
-        help_text=gettext_lazy("An artifact is measured beside its variant and its base, on the same samples."),
+        help_text=gettext_lazy("An artifact is measured beside what it was made from, on the same samples."),
     )
     text_set = forms.ModelChoiceField(
         SampleSet.objects.none(),

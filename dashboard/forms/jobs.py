@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django import forms
+from django.urls import reverse
 from django.utils.translation import gettext_lazy as _
 
 from compression_worker.catalog import METHODS
@@ -14,6 +15,11 @@ from dashboard.models import Checkpoint, Job, Priority, SampleSet
 from dashboard.selectors.evaluations import sample_set_choices
 from dashboard.selectors.jobs import STATE_FILTERS
 from dashboard.selectors.preflight import Preflight, compression_inputs, compression_preflight
+from dashboard.selectors.registry import checkpoint_numbered
+from dashboard.selectors.sizes import compressible
+
+SHARED_NAMES = ("variant", "calibration", "seed", "priority", "queue")
+"""What stays as it is when another method is chosen: everything that is no method's own setting."""
 
 
 class MethodForm(ConfigForm):
@@ -33,7 +39,7 @@ class MethodForm(ConfigForm):
         label=_("Calibration text"),
         required=False,
         empty_label=_("none"),
-        help_text=_("Text that the method reads. Use text like that of the variant's work, never the test set."),
+        help_text=_("Text that the method reads. Use text like that of the model's work, never the test set."),
     )
     seed = forms.IntegerField(
         label=_("Seed"), initial=0, min_value=0, help_text=_("Same inputs, same seed: same bytes.")
@@ -56,9 +62,29 @@ class MethodForm(ConfigForm):
         present = self.initial.get("priority")
         if present not in (None, *Priority.values):
             self.fields["priority"].choices = [*Priority.choices, (present, f"{present}")]  # type: ignore[attr-defined]
-        variants = Checkpoint.objects.filter(base__isnull=False).select_related("base")
-        self.fields["variant"].queryset = variants  # type: ignore[attr-defined]
+        self._choose_among(method)
         self.fields["calibration"].queryset = sample_set_choices("text")  # type: ignore[attr-defined]
+
+    def _choose_among(self, method: str) -> None:
+        """What may be compressed; another choice may leave other methods that fit, so their cards are asked for."""
+        field = self.fields["variant"]
+        field.queryset = compressible(method)  # type: ignore[attr-defined]
+        if not METHODS[method].needs_base:
+            field.label, field.empty_label = _("Model"), _("choose a model")  # type: ignore[attr-defined]
+            field.help_text = _("A base model or a variant: it is compressed by itself.")
+        field.widget.attrs |= {
+            "hx-get": reverse("job-create", args=[method]),
+            "hx-include": "#job-form",
+            "hx-params": ",".join(SHARED_NAMES),
+            "hx-target": "#methods",
+            "hx-select": "#methods",
+            "hx-swap": "outerHTML",
+        }
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """What is chosen as the form stands, sound or not."""
+        return checkpoint_numbered(str(self["variant"].value() or ""))
 
     def clean(self) -> dict[str, Any]:
         config = check_config(self, self.config, self.config_names)
@@ -78,7 +104,7 @@ class MethodForm(ConfigForm):
         values = self.cleaned_data
         if "variant" not in values or not self.config_names <= values.keys():
             return None
-        inputs = compression_inputs(values["variant"], values.get("calibration"))
+        inputs = compression_inputs(self.method, values["variant"], values.get("calibration"))
         return compression_preflight(self.method, self.config(**self.config_values), inputs, self.queue)
 
 
@@ -93,10 +119,6 @@ def clone_initial(job: Job) -> dict[str, Any]:
         "queue": job.queue,
         **(spec.get("config") or {}),
     }
-
-
-SHARED_NAMES = ("variant", "calibration", "seed", "priority", "queue")
-"""What stays as it is when another method is chosen: everything that is no method's own setting."""
 
 
 def shared_values(form: MethodForm) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def approval_label(approval: Approval) -> str:
 
 class FullPrecisionForm(GenerationForm):
     variant = forms.ModelChoiceField(
-        Checkpoint.objects.none(), label=gettext_lazy("Variant"), empty_label=gettext_lazy("choose a variant")
+        Checkpoint.objects.none(), label=gettext_lazy("Model"), empty_label=gettext_lazy("choose a model")
     )
     reason = _reason()
 

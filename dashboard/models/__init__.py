@@ -15,6 +15,7 @@ from dashboard.models.releases import (
     ServerReport,
 )
 from dashboard.models.storage import Damage, Scrub, Sweep, SweepBlob
+from dashboard.models.studies import Study, Trial
 
 __all__ = [
     "Approval",
@@ -36,8 +37,10 @@ __all__ = [
     "Scrub",
     "ServerReport",
     "Step",
+    "Study",
     "Sweep",
     "SweepBlob",
+    "Trial",
     "User",
     "Worker",
 ]

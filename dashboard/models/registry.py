@@ -51,16 +51,20 @@ class Checkpoint(models.Model):
 
 @pghistory.track(model_name="ArtifactEvent", fields=["id", "name", "digest", "state", "job"])
 class Artifact(models.Model):
-    """What a compression job published: immutable bytes named by the digest of their manifest."""
+    """What a compression job published: immutable bytes named by the digest of their manifest.
+
+    ``base`` is what the difference was taken from. An artifact that stands alone names the checkpoint that it was made
+    from twice: a base model or a variant.
+    """
 
     name = models.CharField(_("name"), max_length=200)
-    variant = models.ForeignKey(Checkpoint, models.RESTRICT, related_name="artifacts")
+    variant = models.ForeignKey(Checkpoint, models.RESTRICT, related_name="artifacts")  # what was compressed
     base = models.ForeignKey(Checkpoint, models.RESTRICT, related_name="artifacts_on_base")
     job = models.OneToOneField("Job", models.RESTRICT, related_name="artifact")
     digest = models.CharField(max_length=64)  # of manifest.json
     method = models.CharField(max_length=32)
     config = models.JSONField()
-    source_bytes = models.BigIntegerField()  # the variant's files
+    source_bytes = models.BigIntegerField()  # the checkpoint's weight files
     artifact_bytes = models.BigIntegerField()  # every file of the artifact, the manifest included
     nominal_ratio = models.FloatField()  # as the method's paper counts
     bits_per_weight = models.FloatField()
@@ -80,6 +84,11 @@ class Artifact(models.Model):
         return self.name
 
     @property
+    def stands_alone(self) -> bool:
+        """Whether it holds the whole model, and not its difference from a base."""
+        return self.base_id == self.variant_id
+
+    @property
     def true_ratio(self) -> float:
-        """Bytes of the variant as imported over every byte of the artifact."""
+        """Bytes of the checkpoint as imported over every byte of the artifact."""
         return self.source_bytes / self.artifact_bytes

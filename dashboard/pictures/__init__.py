@@ -1,31 +1,37 @@
 """Pictures as inline SVG, made on the server: each says its finding in its title and carries its data as a table."""
 
+from dashboard.pictures.bits import BitsPoint, bits_picture
 from dashboard.pictures.coding import coding_picture
 from dashboard.pictures.curve import curve_picture
 from dashboard.pictures.generations import Generation, generations_picture
-from dashboard.pictures.heatmap import heatmap_picture
+from dashboard.pictures.heatmap import Measure, heatmap_picture
 from dashboard.pictures.ledger import ledger_picture
 from dashboard.pictures.lineage import Node, lineage_picture
 from dashboard.pictures.matrices import Matrix
+from dashboard.pictures.memory import memory_picture
 from dashboard.pictures.pareto import Point, Quality, pareto_picture
 from dashboard.pictures.svg import Picture
 from dashboard.pictures.timeline import Bar, Column, timeline_picture
 
 __all__ = [
     "Bar",
+    "BitsPoint",
     "Column",
     "Generation",
     "Matrix",
+    "Measure",
     "Node",
     "Picture",
     "Point",
     "Quality",
+    "bits_picture",
     "coding_picture",
     "curve_picture",
     "generations_picture",
     "heatmap_picture",
     "ledger_picture",
     "lineage_picture",
+    "memory_picture",
     "pareto_picture",
     "timeline_picture",
 ]

@@ -1,4 +1,4 @@
-"""The loss curve of a distillation: one line over the training steps, on a logarithmic scale when it falls far."""
+"""The loss curve of a training: one line over the training steps, on a logarithmic scale when it falls far."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dashboard.pictures.svg import Picture, drawing, element, line, text
 WIDTH, HEIGHT, LEFT, BOTTOM = 460, 150, 60, 24
 
 
-def curve_picture(losses: Sequence[float]) -> Picture | None:
+def curve_picture(losses: Sequence[float], *, is_distillation: bool = True) -> Picture | None:
     """``losses``: the loss before each training step, first to last."""
     losses = [loss for loss in losses if math.isfinite(loss) and loss > 0]
     if len(losses) < 2:
         return None
-    title = _("Distillation: the loss goes from %(first)s to %(last)s in %(steps)s steps") % {
-        "first": significant(losses[0]),
-        "last": significant(losses[-1]),
-        "steps": len(losses),
-    }
+    words = {"first": significant(losses[0]), "last": significant(losses[-1]), "steps": len(losses)}
+    if is_distillation:
+        title = _("Distillation: the loss goes from %(first)s to %(last)s in %(steps)s steps") % words
+    else:
+        title = _("Training: the loss goes from %(first)s to %(last)s in %(steps)s steps") % words
     logs = [math.log10(loss) for loss in losses]
     low, high = min(logs), max(logs)
     span = high - low or 1.0

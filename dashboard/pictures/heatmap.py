@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from enum import Enum
 
 from django.utils.translation import gettext as _
 
@@ -16,8 +17,25 @@ STRONG = 4
 """From this level on, numbers are written in the colour of paper."""
 
 
-def heatmap_picture(matrices: Sequence[Matrix]) -> Picture | None:
-    """None while no error of any matrix is known."""
+class Measure(Enum):
+    """What the numbers of a heatmap are."""
+
+    ERROR = "error"  # of the weights, relative
+    PROXY = "proxy"  # of the layer's outputs on the calibration text, relative
+
+    @property
+    def label(self) -> str:
+        return _("relative error") if self is Measure.ERROR else _("relative proxy loss")
+
+    @property
+    def about(self) -> str:
+        if self is Measure.ERROR:
+            return _("Rows are blocks, columns are kinds of matrix. The number in a cell is its relative error.")
+        return _("Rows are blocks, columns are kinds of matrix. The number in a cell is its relative proxy loss.")
+
+
+def heatmap_picture(matrices: Sequence[Matrix], measure: Measure = Measure.ERROR) -> Picture | None:
+    """None while no error of any matrix is known. ``measure``: what each matrix's ``error`` holds."""
     known = [one for one in matrices if one.error is not None]
     errors = [one.error for one in known if one.error is not None and math.isfinite(one.error)]
     if not errors:
@@ -26,17 +44,16 @@ def heatmap_picture(matrices: Sequence[Matrix]) -> Picture | None:
     scale = Scale(min(errors), max(errors))
     layout = Layout.of(shown)
     worst = max(known, key=_size)
-    title = _finding(worst, scale, len(known))
+    title = _finding(worst, scale, measure)
     shapes = layout.frame()
     for cell in shown.in_order():
         shapes += _cell(cell, *layout.at(cell), layout.cell, scale, is_worst=worst in cell.matrices)
     outside, y = _outside(shown, layout.bottom, scale)
-    legend, height = _legend(scale, y + 16)
-    columns, rows, numeric = _table(shown)
-    about = _("Rows are blocks, columns are kinds of matrix. The number in a cell is its relative error.")
+    legend, height = _legend(scale, y + 16, measure)
+    columns, rows, numeric = _table(shown, measure)
     return Picture(
         title=title,
-        svg=drawing(title, layout.width, height, [*shapes, *outside, *legend], about=about),
+        svg=drawing(title, layout.width, height, [*shapes, *outside, *legend], about=measure.about),
         columns=columns,
         rows=rows,
         numeric=numeric,
@@ -68,12 +85,16 @@ def worst_of(cell: Cell) -> Matrix:
     return max(cell.matrices, key=_size)
 
 
-def _finding(worst: Matrix, scale: Scale, count: int) -> str:
+def _finding(worst: Matrix, scale: Scale, measure: Measure) -> str:
+    words = {"low": short_number(scale.low), "high": short_number(scale.high), "name": worst.name}
     if scale.high <= scale.low:
-        return _("Relative error %(error)s in every matrix") % {"error": significant(scale.low, 2)}
-    return _("Relative error between %(low)s and %(high)s; the largest is %(name)s") % {
-        "low": short_number(scale.low), "high": short_number(scale.high), "name": worst.name,
-    }  # fmt: skip
+        same = {"error": significant(scale.low, 2)}
+        if measure is Measure.ERROR:
+            return _("Relative error %(error)s in every matrix") % same
+        return _("Relative proxy loss %(error)s in every matrix") % same
+    if measure is Measure.ERROR:
+        return _("Relative error between %(low)s and %(high)s; the largest is %(name)s") % words
+    return _("Relative proxy loss between %(low)s and %(high)s; the largest is %(name)s") % words
 
 
 def short_number(value: float | None) -> str:
@@ -139,19 +160,24 @@ def _outside(shown: Grid, y: float, scale: Scale) -> tuple[list[object], float]:
     return shapes, y
 
 
-def _legend(scale: Scale, y: float) -> tuple[list[object], float]:
+def _legend(scale: Scale, y: float, measure: Measure) -> tuple[list[object], float]:
     """The scale of colours with the errors at which each begins and ends."""
-    words = _("relative error")
+    words = measure.label
     left = max(float(NUMBERS), width_of(words) + 10)
     shapes: list[object] = [text(0, y + 9, words, class_="note")]
     levels = range(LEVELS) if scale.high > scale.low else range(1)
     for level in levels:
         shapes.append(rect(left + level * SWATCH, y, SWATCH - 1, 11, class_=f"heat-{level}"))
-        shapes.append(text(left + level * SWATCH, y + 24, short_number(scale.edge(level)), class_="tick"))
+        shapes.append(text(left + level * SWATCH, y + 24, _edge(scale.edge(level)), class_="tick"))
     if scale.high > scale.low:
         end = left + LEVELS * SWATCH
-        shapes.append(text(end, y + 24, short_number(scale.high), class_="tick"))
+        shapes.append(text(end, y + 24, _edge(scale.high), class_="tick"))
     return shapes, y + 30
+
+
+def _edge(value: float) -> str:
+    """An edge of the scale of colours, with a digit more than a cell has room for."""
+    return significant(value, 2) if 0.0005 <= abs(value) < 0.0995 else short_number(value)
 
 
 def _several(shown: Grid) -> str:
@@ -160,13 +186,13 @@ def _several(shown: Grid) -> str:
     return _("Where a cell stands for all experts of a block, it shows the largest error among them.")
 
 
-def _table(shown: Grid) -> tuple[list[str], list[tuple[object, ...]], frozenset[int]]:
+def _table(shown: Grid, measure: Measure) -> tuple[list[str], list[tuple[object, ...]], frozenset[int]]:
     """A line for each cell; columns only for what is known of any matrix."""
     lines = [(cell.name, cell.matrices) for cell in shown.in_order()] + [(one.name, (one,)) for one in shown.outside]
     every = [one for _name, matrices in lines for one in matrices]
     wanted = [True, any(one.output_error is not None for one in every)]
     wanted += [any(one.coding for one in every), any(one.size_bytes is not None for one in every)]
-    heads = (_("relative error"), _("error of the output"), _("coding"), _("bytes"))
+    heads = (measure.label, _("error of the output"), _("coding"), _("bytes"))
     columns = [head for head, is_wanted in zip(heads, wanted, strict=True) if is_wanted]
     rows: list[tuple[object, ...]] = []
     for name, matrices in lines:

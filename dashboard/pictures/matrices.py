@@ -196,19 +196,28 @@ class Layout:
         return shapes
 
 
-def from_figures(entries: Sequence[Mapping[str, object]]) -> list[Matrix]:
-    """Matrices from the lines that an artifact or a step tells of them; lines without a name are none."""
+def from_figures(entries: Sequence[Mapping[str, object]], measure: str = "relative_error") -> list[Matrix]:
+    """Matrices from the lines that an artifact or a step tells of them; lines without a name are none.
+
+    ``measure``: which of a line's figures is the error that a picture shows.
+    """
     return [
         Matrix(
             name=str(entry["name"]),
-            error=_number(entry.get("relative_error")),
-            coding=str(entry.get("coding") or ""),
+            error=_number(entry.get(measure)),
+            coding=_coding(entry),
             size_bytes=_whole(entry.get("bytes")),
             output_error=_number(entry.get("output_error")),
         )
         for entry in entries
         if entry.get("name")
     ]
+
+
+def _coding(entry: Mapping[str, object]) -> str:
+    """How a line says that its matrix is stored: in a word, or by its bits alone."""
+    bits = _number(entry.get("bits"))
+    return str(entry.get("coding") or (_("%(bits)s bits") % {"bits": f"{bits:g}"} if bits else ""))
 
 
 def _number(value: object) -> float | None:

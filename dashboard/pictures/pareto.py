@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from django.utils.translation import gettext as _
 
 from dashboard.formats import byte_words, percent_words, ratio_words, significant, whole
+from dashboard.pictures.labels import Ground, labels, legend
 from dashboard.pictures.marks import SHAPES, outline, place_of
-from dashboard.pictures.svg import Picture, cut, drawing, element, line, link, text, width_of
+from dashboard.pictures.svg import Picture, drawing, element, line, link, text
 
 WIDTH, HEIGHT = 560, 330
 LEFT, RIGHT, TOP, BOTTOM = 64, 146, 24, 62
-LEGEND_ROW = 18
-LABEL_ROOM = RIGHT - 14
 MOST_LABELS = 12
 """With more points, only those of the frontier are named in the picture."""
 
@@ -94,13 +93,13 @@ def pareto_picture(points: Sequence[Point], quality: Quality, *, note: str = "")
         family = place_of(families.index(point.family)) if point.href else 0
         shapes += _mark(point, quality, scale, family, id(point) in beaten, full)
     shapes += _labels(points if len(points) <= MOST_LABELS else frontier, points, scale)
-    legend, height = _legend(families, full is not None, bool(beaten))
+    key, height = _legend(families, full is not None, bool(beaten))
     about = _(
         "Further left is smaller, further up is better. Each mark leads to its artifact; bars are 95 % intervals."
     )
     return Picture(
         title=title,
-        svg=drawing(title, WIDTH, height, [*shapes, *legend], about=about, has_links=True),
+        svg=drawing(title, WIDTH, height, [*shapes, *key], about=about, has_links=True),
         columns=(
             _("name"), _("kind"), _("bytes"), _("true ratio"), quality.label, _("95 % low"), _("95 % high"), _("place"),
         ),
@@ -226,46 +225,14 @@ def _mark(
     return [*whisker, link(point.href, mark, label=hover) if point.href else mark]
 
 
-@dataclass(frozen=True)
-class _Box:
-    """The room that a label or a mark takes."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def meets(self, other: _Box) -> bool:
-        return (
-            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
-        )
-
-
 def _labels(named: Sequence[Point], points: Sequence[Point], scale: _Scale) -> list[object]:
     """Direct labels beside their marks, where they touch neither another label nor a mark."""
-    marks = [(scale.x(point.size_bytes), scale.y(point.value)) for point in points]
-    taken = [_Box(x - 6, y - 6, x + 6, y + 6) for x, y in marks]
-    shapes: list[object] = []
-    for point in sorted(named, key=lambda one: scale.y(one.value)):
-        x, y = scale.x(point.size_bytes), scale.y(point.value)
-        words = cut(point.label, LABEL_ROOM, 12)
-        anchor, at, height, box = _free_place(x, y, width_of(words, 12), taken)
-        taken.append(box)
-        shapes.append(text(at, height, words, class_="label halo", anchor=anchor))
-    return shapes
 
+    def at(point: Point) -> tuple[float, float]:
+        return scale.x(point.size_bytes), scale.y(point.value)
 
-def _free_place(x: float, y: float, width: float, taken: Sequence[_Box]) -> tuple[str | None, float, float, _Box]:
-    """Anchor and place of a label for a mark at ``x``, ``y``: the nearest that is free, right before left."""
-    places: list[tuple[str | None, float, float, _Box]] = []
-    for shift in (0, -13, 13, -26, 26, -39, 39):
-        middle = min(max(y + shift, 8), HEIGHT - BOTTOM - 6)
-        if x + 10 + width <= WIDTH:
-            places.append((None, x + 10, middle, _Box(x + 8, middle - 6, x + 10 + width, middle + 6)))
-        if x - 10 - width >= LEFT:
-            places.append(("end", x - 10, middle, _Box(x - 10 - width, middle - 6, x - 8, middle + 6)))
-    free = next((one for one in places if not any(one[3].meets(other) for other in taken)), places[0])
-    return free[0], free[1], free[2] + 4, free[3]
+    ground = Ground(left=LEFT, right=WIDTH, floor=HEIGHT - BOTTOM, longest=RIGHT - 14)
+    return labels([(point.label, *at(point)) for point in named], [at(point) for point in points], ground)
 
 
 def _legend(families: Sequence[str], has_full: bool, has_beaten: bool) -> tuple[list[object], float]:
@@ -275,13 +242,4 @@ def _legend(families: Sequence[str], has_full: bool, has_beaten: bool) -> tuple[
         entries.insert(0, ("family-0", SHAPES[0], _("full precision")))
     if has_beaten:
         entries.append(("muted", SHAPES[1], _("grey: another is smaller and better")))
-    shapes: list[object] = []
-    x, y = float(LEFT), float(HEIGHT + 12)
-    for tone, shape, words in entries:
-        room = 14 + width_of(words) + 16
-        if x + room > WIDTH and x > LEFT:
-            x, y = float(LEFT), y + LEGEND_ROW
-        mark = element("path", d=outline(shape, x + 5, y - 4), class_=f"mark {tone}")
-        shapes += [mark, text(x + 15, y, words, class_="note")]
-        x += room
-    return shapes, y + 8
+    return legend(entries, left=LEFT, right=WIDTH, y=HEIGHT + 12)

@@ -41,11 +41,17 @@ def evidence_problems(approval: Approval) -> list[str]:
         (artifact.state != ArtifactState.PUBLISHED, _("the artifact is no longer published")),
         (evaluation.digest != approval.evaluation_digest, _("the evaluation has changed")),
         (evaluation.artifact_id != artifact.pk, _("the evaluation is of another artifact")),
-        (artifact.base.fingerprint != approval.base_fingerprint, _("the base model has changed")),
+        (artifact.base.fingerprint != approval.base_fingerprint, _base_changed(artifact)),
         (policy is None or policy.digest != approval.policy_digest, _("another policy is in force")),
         (rolled_back_since(approval), _("the artifact was rolled back from after this was asked: ask again")),
     ]
     return [message for is_so, message in found if is_so]
+
+
+def _base_changed(artifact: Artifact) -> str:
+    if artifact.stands_alone:
+        return _("the checkpoint that it was made from has changed")
+    return _("the base model has changed")
 
 
 def rolled_back_since(approval: Approval) -> bool:

@@ -169,7 +169,7 @@ def _candidates(job: Job) -> tuple[Any, Any, Any, Any]:
         settings = EvaluationConfig.from_json(job.spec["config"])
         return settings, lambda one: evaluation_preflight(one, measured, job.queue), evaluation.cheaper, _none
     method = catalog.method(job.method)
-    forecast, inputs = method.forecaster(), compression_inputs(job.variant, sets["calibration"])
+    forecast, inputs = method.forecaster(), compression_inputs(job.method, job.variant, sets["calibration"])
     config = method.config_class()(**job.spec["config"])
     judge = lambda one: compression_preflight(job.method, one, inputs, job.queue)  # noqa: E731
     return config, judge, forecast.cheaper, forecast.calmer

@@ -33,6 +33,7 @@ KINDS: dict[str, Words] = {
     "Evaluation": _("Evaluation"),
     "Job": _("Job"),
     "Policy": _("Policy"),
+    "Study": _("Study"),
     "Sweep": _("Clean-up"),
     "User": _("User"),
 }

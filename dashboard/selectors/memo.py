@@ -104,9 +104,14 @@ def bindings(approval: Approval) -> list[Binding]:
     return [
         Binding(_("Artifact"), approval.artifact_digest, artifact.digest),
         Binding(_("Evaluation"), approval.evaluation_digest, approval.evaluation.digest),
-        Binding(_("Base model"), approval.base_fingerprint, artifact.base.fingerprint),
+        Binding(_stands_on(artifact), approval.base_fingerprint, artifact.base.fingerprint),
         Binding(_("Policy"), approval.policy_digest, policy.digest if policy else ""),
     ]
+
+
+def _stands_on(artifact: Artifact) -> str:
+    """What the third digest is of."""
+    return _("Uncompressed model") if artifact.stands_alone else _("Base model")
 
 
 def rehearsal_running(variant_id: int) -> Job | None:

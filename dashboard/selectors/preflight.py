@@ -45,10 +45,12 @@ def model_of(checkpoint: Checkpoint) -> Model:
     )
 
 
-def compression_inputs(variant: Checkpoint, calibration: SampleSet | None) -> Inputs:
+def compression_inputs(method: str, checkpoint: Checkpoint, calibration: SampleSet | None) -> Inputs:
+    """What a job of ``method`` is given. One that compresses a model by itself reads no base."""
+    base = checkpoint.base if catalog.method(method).needs_base else None
     return Inputs(
-        variant=model_of(variant),
-        base=model_of(variant.base) if variant.base else None,
+        variant=model_of(checkpoint),
+        base=model_of(base) if base else None,
         text_bytes=calibration.size_bytes if calibration else 0,
     )
 

@@ -52,6 +52,12 @@ def checkpoint_get(name: str) -> Checkpoint:
     return Checkpoint.objects.select_related("base", "job", "created_by").get(name=name)
 
 
+def checkpoint_numbered(number: str) -> Checkpoint | None:
+    """The checkpoint whose key a form or an address names; None for whatever is no such number."""
+    well_formed = number.isascii() and number.isdecimal() and len(number) < 18
+    return Checkpoint.objects.select_related("base").filter(pk=int(number)).first() if well_formed else None
+
+
 def imports_running() -> QuerySet[Job]:
     return Job.objects.filter(kind=JobKind.IMPORT, state__in=ACTIVE_JOB_STATES)
 
@@ -164,7 +170,7 @@ def method_label(name: str) -> str:
 
 
 def artifact_get(pk: int) -> Artifact:
-    return Artifact.objects.select_related("variant", "base", "job__created_by").get(pk=pk)
+    return Artifact.objects.select_related("variant__base", "base", "job__created_by").get(pk=pk)
 
 
 def artifact_of_job(job: Job) -> Artifact | None:
@@ -174,6 +180,16 @@ def artifact_of_job(job: Job) -> Artifact | None:
 def matrices(figures: Mapping[str, Any]) -> list[Matrix]:
     """Each compressed matrix with its error and, where it is told, how it is stored."""
     return from_figures(figures.get("matrices") or [])
+
+
+def proxy_losses(figures: Mapping[str, Any]) -> list[Matrix]:
+    """Each matrix with its relative proxy loss, where the method measured one; others say nothing."""
+    return from_figures(figures.get("matrices") or [], "proxy_loss")
+
+
+def training_losses(figures: Mapping[str, Any]) -> list[float]:
+    """The losses of a training that belongs to the method; empty without one."""
+    return [float(loss) for loss in (figures.get("training") or {}).get("losses") or []]
 
 
 def distillation_losses(figures: Mapping[str, Any]) -> list[float]:

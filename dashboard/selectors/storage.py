@@ -141,8 +141,9 @@ def damages_mended() -> list[Damage]:
 
 
 def damages_of_artifact(artifact: Artifact) -> list[Damage]:
-    """What is wrong with its own files, or with the base that it needs to answer."""
-    return _concerning({("artifact", artifact.pk), ("checkpoint", artifact.base_id)})
+    """What is wrong with its own files, or with the base, where it needs one to answer."""
+    own = {("artifact", artifact.pk)}
+    return _concerning(own if artifact.stands_alone else own | {("checkpoint", artifact.base_id)})
 
 
 def damages_of_checkpoint(checkpoint: Checkpoint) -> list[Damage]:

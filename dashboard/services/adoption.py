@@ -12,6 +12,7 @@ from typing import Any
 
 from django.utils import timezone
 
+from compression_worker.catalog import METHODS
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepOutput
 from compression_worker.store import Blob, Store
 from dashboard.lifecycle import ACTIVE_JOB_STATES, JobKind, JobState, Refused, Role, StepState
@@ -35,7 +36,7 @@ class Lost:
     digest: str
     output: str  # the digest of the step's output that made it
     data: Json
-    base: str = ""  # the base's checkpoint digest; empty for a base
+    base: str = ""  # the base's checkpoint digest; empty for a base, and for an artifact that stands alone
     variant: str = ""
     seed: int = 0
     problem: str = ""
@@ -101,7 +102,7 @@ def _inventory(store: Store) -> Inventory:
         elif output.data.get("artifact") == manifest:
             inventory.artifacts.setdefault(manifest, (digest, output))
             said = _manifest(store, manifest)
-            if said:
+            if said and not _stands_alone(said):
                 inventory.bases[said["variant"]["checkpoint"]] = said["base"]["checkpoint"]
     return inventory
 
@@ -126,6 +127,12 @@ def _manifest(store: Store, digest: str) -> Json | None:
     except (CompressionError, ValueError):
         return None
     return value if value.get("format") == ARTIFACT_FORMAT else None
+
+
+def _stands_alone(manifest: Json) -> bool:
+    """Whether an artifact holds the whole model. It names its checkpoint as its base, which then says nothing of it."""
+    method = METHODS.get(manifest["method"])
+    return method is not None and not method.needs_base
 
 
 def _lost_checkpoint(store: Store, inventory: Inventory, digest: str) -> Lost:
@@ -153,6 +160,8 @@ def _lost_artifact(store: Store, inventory: Inventory, digest: str) -> Lost:
     if manifest is None:
         return Lost(**known, problem="its manifest is of a format that this version does not read: upgrade")
     base, variant = manifest["base"]["checkpoint"], manifest["variant"]["checkpoint"]
+    if _stands_alone(manifest):
+        base = ""
     lost = Lost(**known, base=base, variant=variant, seed=manifest["seed"])
     if running := _job_to_come(lost):
         return Lost(**known, problem=f"{running} is still to be done and makes it again: look again afterwards")
@@ -217,7 +226,8 @@ def _adopt(lost: Lost) -> str:
             base = Checkpoint.objects.filter(digest=lost.base).first() if lost.base else None
             job = _job(lost, _import_spec(lost, base), variant=None, method="")
             return checkpoint_publish(job=job, step=_step(job, lost)).name
-        variant = Checkpoint.objects.filter(digest=lost.variant, base__digest=lost.base).order_by("pk").first()
+        checkpoints = Checkpoint.objects.filter(digest=lost.variant).order_by("pk")
+        variant = (checkpoints.filter(base__digest=lost.base) if lost.base else checkpoints).first()
         if variant is None:
             raise Refused("its variant has another base here")
         if lost.kind == JobKind.ESCROW:
@@ -246,12 +256,13 @@ def _escrow_spec(lost: Lost) -> Json:
 def _compression_spec(lost: Lost) -> Json:
     """Enough for a retry, but for the text that its scales may have been distilled on: nothing names that any more."""
     method, config = lost.data["method"], lost.data["config"]
+    inputs = {"base": lost.base} if lost.base else {}
     first = PlannedStep(
         name="plan",
         kind=f"{method}.plan",
         group="plan",
         params={"config": config},
-        inputs={"base": lost.base, "variant": lost.variant},
+        inputs=inputs | {"variant": lost.variant},
         seed=lost.seed,
     )
     return {"config": config, "calibration": None, "seed": lost.seed, "first": first.to_json()}

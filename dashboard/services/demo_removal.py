@@ -27,6 +27,7 @@ from dashboard.models import (
     Job,
     RollbackCertificate,
     SampleSet,
+    Study,
     User,
 )
 from dashboard.services.blobs import blobs_free, digests_of_rows
@@ -39,6 +40,7 @@ class DemoRows:
     """All rows that the removal takes, by kind, in the order in which they can be deleted."""
 
     deployments: QuerySet[Deployment]
+    studies: QuerySet[Study]
     approvals: QuerySet[Approval]
     certificates: QuerySet[RollbackCertificate]
     evaluations: QuerySet[Evaluation]
@@ -70,12 +72,15 @@ def demo_rows() -> DemoRows:
     artifacts = Artifact.objects.filter(Q(is_demo=True) | Q(variant__in=checkpoints) | Q(base__in=checkpoints))
     evaluations = Evaluation.objects.filter(Q(is_demo=True) | Q(variant__in=checkpoints) | Q(artifact__in=artifacts))
     others = Evaluation.objects.exclude(pk__in=evaluations)
+    studies = Study.objects.filter(Q(is_demo=True) | Q(variant__in=checkpoints))
     # A set that measured something else is evidence for it, perhaps of an approval, and stays.
-    sample_sets = (
-        SampleSet.objects.filter(is_demo=True)
-        .exclude(pk__in=others.filter(text_set__isnull=False).values("text_set"))
-        .exclude(pk__in=others.filter(choice_set__isnull=False).values("choice_set"))
-    )
+    sample_sets = SampleSet.objects.filter(is_demo=True)
+    for rows, names in (
+        (others, ("text_set", "choice_set")),
+        (Study.objects.exclude(pk__in=studies), ("calibration", "text_set", "choice_set")),
+    ):
+        for name in names:
+            sample_sets = sample_sets.exclude(pk__in=rows.filter(**{f"{name}__isnull": False}).values(name))
     approvals = Approval.objects.filter(Q(is_demo=True) | Q(artifact__in=artifacts) | Q(evaluation__in=evaluations))
     certificates = RollbackCertificate.objects.filter(Q(variant__in=checkpoints) | Q(job__is_demo=True))
     deployments = Deployment.objects.filter(
@@ -93,6 +98,7 @@ def demo_rows() -> DemoRows:
     )
     return DemoRows(
         deployments=deployments,
+        studies=studies,
         approvals=approvals,
         certificates=certificates,
         evaluations=evaluations,

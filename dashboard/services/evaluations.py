@@ -99,7 +99,7 @@ def evaluation_create(
     artifact = Artifact.objects.get(pk=artifact.pk) if artifact else None
     _check_targets(variant, artifact, text_set, choice_set)
     require_weights(variant)
-    parsed = _parsed(config or {})
+    parsed = evaluation_settings(config or {})
     settled, queue = asdict(parsed), queue_checked(queue)
     fit = evaluation_preflight(parsed, evaluation_inputs(variant, artifact, text_set, choice_set), queue)
     inputs = {
@@ -148,12 +148,12 @@ def _check_targets(
     if choice_set is not None and choice_set.kind != "choice":
         raise Refused(_("'%(set)s' is not a multiple-choice set") % {"set": choice_set})
     if artifact is not None and artifact.variant_id != variant.pk:
-        raise Refused(_("'%(artifact)s' was made from another variant") % {"artifact": artifact.name})
+        raise Refused(_("'%(artifact)s' was made from another model") % {"artifact": artifact.name})
     if artifact is not None and artifact.state != ArtifactState.PUBLISHED:
         raise Refused(_("'%(artifact)s' is no longer published") % {"artifact": artifact.name})
 
 
-def _parsed(config: dict[str, Any]) -> EvaluationConfig:
+def evaluation_settings(config: dict[str, Any]) -> EvaluationConfig:
     """The whole configuration, defaults written out, so that a later default changes no old job."""
     try:
         return EvaluationConfig(**config)

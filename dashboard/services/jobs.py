@@ -11,8 +11,8 @@ from compression_worker import catalog
 from compression_worker.contracts import CompressionError, PlannedStep
 from compression_worker.evaluation.config import EvaluationConfig
 from compression_worker.faults import failpoint
-from dashboard.lifecycle import CancelRequest, JobKind, Refused
-from dashboard.models import Artifact, Checkpoint, Job, SampleSet, User
+from dashboard.lifecycle import CancelRequest, JobKind, JobState, Refused
+from dashboard.models import Artifact, Checkpoint, Job, SampleSet, Trial, User
 from dashboard.selectors.preflight import (
     compression_inputs,
     compression_preflight,
@@ -47,21 +47,21 @@ def compression_create(
     cloned_from: Job | None = None,
     queue: str = "",
 ) -> Job:
-    """Queue a compression of ``variant`` against its base. ``config``: fields of the method's config class.
+    """Queue a compression of the checkpoint ``variant``. ``config``: fields of the method's config class.
 
-    ``queue`` is where its heavy steps go. Refused when it cannot fit on the disk or on any worker alive there.
+    A method that takes a difference compresses a variant against its base; any other one compresses a base model or a
+    variant by itself. ``queue`` is where its heavy steps go. Refused when it cannot fit on the disk or on any worker
+    alive there.
     """
     actor = authorise(actor, "job.create")
     parsed = _parsed(method, config)
     settled, queue = asdict(parsed), queue_checked(queue)
-    if variant.base is None:
-        raise Refused(_("'%(name)s' has no base model to take the difference from") % {"name": variant.name})
+    inputs = _checkpoints(method, variant)
     if calibration is not None and calibration.kind != "text":
         raise Refused(_("'%(set)s' is not a text set") % {"set": calibration})
     _check_numbers(seed, priority)
     require_weights(variant)
-    fit = compression_preflight(method, parsed, compression_inputs(variant, calibration), queue)
-    inputs = {"base": variant.base.digest, "variant": variant.digest}
+    fit = compression_preflight(method, parsed, compression_inputs(method, variant, calibration), queue)
     if calibration is not None:
         inputs["calibration"] = calibration.digest
     title = f"{method} {variant.name}"
@@ -86,6 +86,21 @@ def compression_create(
             queue=queue,
             estimate=require_fit(fit),
         )
+
+
+def _checkpoints(method: str, variant: Checkpoint) -> dict[str, str]:
+    """The checkpoints that the method reads, by digest; refuses a difference from nothing."""
+    if not catalog.method(method).needs_base:
+        return {"variant": variant.digest}
+    if variant.base is None:
+        raise Refused(
+            _(
+                "'%(name)s' has no base model to take the difference from: choose a variant of it, or a method that "
+                "compresses a model by itself"
+            )
+            % {"name": variant.name}
+        )
+    return {"base": variant.base.digest, "variant": variant.digest}
 
 
 def _parsed(method: str, config: dict[str, Any]) -> Any:
@@ -133,7 +148,7 @@ def job_retry(*, actor: User, job: Job) -> Job:
     queue = job.queue if job.queue in offered_queues() else default_queue()
     estimate = _fit_again(job, queue)
     with recorded(actor=actor, reason=f"again: job {job.pk}"):
-        return job_order(
+        again = job_order(
             actor=actor,
             kind=JobKind(job.kind),
             title=job.title,
@@ -147,6 +162,15 @@ def job_retry(*, actor: User, job: Job) -> Job:
             queue=queue,
             estimate=estimate,
         )
+        _stand_in(job, again)
+    return again
+
+
+def _stand_in(job: Job, again: Job) -> None:
+    """In a study the retry takes the place of the job that it repeats, unless that one had succeeded."""
+    if job.state != JobState.SUCCEEDED:
+        Trial.objects.filter(compression=job).update(compression=again)
+        Trial.objects.filter(evaluation=job).update(evaluation=again)
 
 
 def _fit_again(job: Job, queue: str) -> dict[str, Any] | None:
@@ -156,7 +180,7 @@ def _fit_again(job: Job, queue: str) -> dict[str, Any] | None:
     sets = {name: SampleSet.objects.filter(pk=job.spec.get(name)).first() for name in ("calibration", *SET_NAMES)}
     if job.kind == JobKind.COMPRESS:
         config = _parsed(job.method, job.spec["config"])
-        inputs = compression_inputs(job.variant, sets["calibration"])
+        inputs = compression_inputs(job.method, job.variant, sets["calibration"])
         return require_fit(compression_preflight(job.method, config, inputs, queue))
     artifact = Artifact.objects.filter(pk=job.spec.get("artifact")).first()
     inputs = evaluation_inputs(job.variant, artifact, *(sets[name] for name in SET_NAMES))

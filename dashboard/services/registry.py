@@ -10,6 +10,7 @@ from django.core.exceptions import ValidationError
 from django.utils.translation import gettext as _
 
 from compression_worker.adapters import is_adapter
+from compression_worker.catalog import METHODS
 from compression_worker.contracts import PlannedStep
 from compression_worker.faults import failpoint
 from compression_worker.preflight import import_estimate
@@ -188,13 +189,14 @@ def _base_of(job: Job) -> Checkpoint | None:
 def artifact_publish(*, job: Job, step: Step) -> Artifact:
     """The artifact that a compression job made. Called by the last step's finish, in its transaction."""
     data, variant = step.data, job.variant
-    if variant is None or variant.base is None:
-        raise Refused("the variant or its base was removed during the job")
-    _check_artifact(data, variant, variant.base)
+    base = variant.base if variant and METHODS[data["method"]].needs_base else variant
+    if variant is None or base is None:
+        raise Refused("the checkpoint or its base was removed during the job")
+    _check_artifact(data, variant, base)
     artifact = Artifact.objects.create(
         name=f"{variant.name}-{data['name_hint']}"[:200],
         variant=variant,
-        base=variant.base,
+        base=base,
         job=job,
         digest=data["artifact"],
         method=data["method"],
@@ -217,7 +219,7 @@ def _check_artifact(data: dict[str, object], variant: Checkpoint, base: Checkpoi
     ledger = data["ledger"]
     total = sum(part["bytes"] for part in ledger) if isinstance(ledger, list) else -1
     if data["variant_fingerprint"] != variant.fingerprint:
-        raise Refused("the artifact was made from another variant: run the job again")
+        raise Refused("the artifact was made from another checkpoint: run the job again")
     if data["base_fingerprint"] != base.fingerprint:
         raise Refused(
             f"the artifact was made against another base: its fingerprint is {data['base_fingerprint']}, "

@@ -219,8 +219,13 @@ SERVER_STATES = {
 
 
 @register.simple_tag
-def target_name(target: str) -> object:
-    """``base``, ``variant``, ``compressed`` in the reader's language."""
+def target_name(target: str, measured: Any = None) -> object:
+    """``base``, ``variant``, ``compressed`` in the reader's language; ``measured`` is the checkpoint in the middle.
+
+    A base model that was measured is nobody's variant.
+    """
+    if target == "variant" and getattr(measured, "is_base", False):
+        return _("uncompressed")
     return TARGETS.get(target, target)
 
 

@@ -17,8 +17,16 @@ from dashboard.forms.jobs import JobFilterForm, MethodForm, clone_initial, share
 from dashboard.lifecycle import CancelRequest, JobKind, JobState, Refused
 from dashboard.models import Job, Priority
 from dashboard.permissions import rule
-from dashboard.pictures import coding_picture, curve_picture, heatmap_picture, ledger_picture, timeline_picture
-from dashboard.selectors import jobs, outcomes, promises, registry, sizes, waiting
+from dashboard.pictures import (
+    Measure,
+    coding_picture,
+    curve_picture,
+    heatmap_picture,
+    ledger_picture,
+    memory_picture,
+    timeline_picture,
+)
+from dashboard.selectors import jobs, outcomes, promises, registry, sizes, studies, waiting
 from dashboard.services.jobs import compression_create, job_cancel, job_reprioritise, job_retry
 from dashboard.views.answers import SignedInRequest, attempt, found, live, wants_region
 from dashboard.views.previews import original_job, preview
@@ -46,9 +54,12 @@ def job_list(request: HttpRequest) -> HttpResponse:
 @rule("job.create")
 @require_GET
 def job_new(request: HttpRequest) -> HttpResponse:
-    """The method cards."""
-    carried = {"variant": request.GET["variant"]} if request.GET.get("variant") else {}
-    return render(request, "jobs/new.html", {"cards": sizes.method_cards(), "carried": urlencode(carried)})
+    """The method cards: all of them, or those that fit the checkpoint that is chosen."""
+    number = request.GET.get("variant", "")
+    checkpoint = registry.checkpoint_numbered(number)
+    carried = urlencode({"variant": checkpoint.pk}) if checkpoint else ""
+    context = {"families": sizes.method_families(checkpoint), "checkpoint": checkpoint, "carried": carried}
+    return render(request, "jobs/new.html", context)
 
 
 @rule("job.create")
@@ -71,7 +82,7 @@ def job_create(request: SignedInRequest, method: str) -> HttpResponse:
     marks = change_marks(form, before)
     context = {
         "form": form,
-        "cards": sizes.method_cards(),
+        "families": sizes.method_families(form.checkpoint, also=method),
         "has_choice": len(METHODS) > 1,
         "carried": urlencode(shared_values(form)),
         "method": METHODS[method],
@@ -119,7 +130,11 @@ def job_detail(request: HttpRequest, pk: int) -> HttpResponse:
             "ledger": ledger_picture(made.ledger, made.source_bytes) if made else None,
             "heatmap": heatmap_picture(matrices),
             "coding": coding_picture(matrices),
+            "proxy": heatmap_picture(registry.proxy_losses(made.figures), Measure.PROXY) if made else None,
             "curve": curve_picture(jobs.losses_so_far(steps)),
+            "training": curve_picture(registry.training_losses(made.figures), is_distillation=False) if made else None,
+            "memory": memory_picture(made.figures.get("training") or {}) if made else None,
+            "study": studies.study_of(job),
             "log": jobs.log_tail(job),
             "wait": waiting.job_wait(job),
             "outcome": outcomes.job_outcome(job, steps),

@@ -17,14 +17,26 @@ from dashboard.lifecycle import JobKind
 from dashboard.models import Artifact
 from dashboard.permissions import rule
 from dashboard.pictures import (
+    Measure,
     coding_picture,
     curve_picture,
     heatmap_picture,
     ledger_picture,
     lineage_picture,
+    memory_picture,
     pareto_picture,
 )
-from dashboard.selectors import approvals, environments, escrows, evaluations, memo, outcomes, registry, storage
+from dashboard.selectors import (
+    approvals,
+    environments,
+    escrows,
+    evaluations,
+    memo,
+    outcomes,
+    registry,
+    storage,
+    studies,
+)
 from dashboard.selectors.comparisons import comparisons
 from dashboard.services.registry import artifact_retire, checkpoint_import
 from dashboard.views.answers import SignedInRequest, attempt, found
@@ -57,6 +69,7 @@ def checkpoint_detail(request: HttpRequest, name: str) -> HttpResponse:
         "damages": storage.damages_of_checkpoint(checkpoint),
         "full": escrows.full_precision(checkpoint),
         "variants": checkpoint.variants.order_by("name"),
+        "studies": studies.studies_of(checkpoint),
         "certificate": environments.certificate_latest(checkpoint.pk),
         "certificate_valid": approvals.certificate_valid(checkpoint),
     }
@@ -111,7 +124,10 @@ def _artifact_page(request: SignedInRequest, artifact: Artifact, form: RetireFor
         "ledger": ledger_picture(artifact.ledger, artifact.source_bytes),
         "heatmap": heatmap_picture(matrices),
         "coding": coding_picture(matrices),
+        "proxy": heatmap_picture(registry.proxy_losses(artifact.figures), Measure.PROXY),
         "curve": curve_picture(registry.distillation_losses(artifact.figures)),
+        "training": curve_picture(registry.training_losses(artifact.figures), is_distillation=False),
+        "memory": memory_picture(artifact.figures.get("training") or {}),
         "evaluations": rows,
         "settings": outcomes.artifact_settings(artifact),
         "latest_rows": evaluations.metric_rows(rows[0].results, rules) if rows else [],
@@ -119,6 +135,7 @@ def _artifact_page(request: SignedInRequest, artifact: Artifact, form: RetireFor
         "deployments": artifact.deployments.select_related("environment", "created_by").order_by("-created_at"),
         "hindrance": memo.request_hindrance(request.user, artifact, rows),
         "damages": storage.damages_of_artifact(artifact),
+        "study": studies.study_of(artifact.job),
         "form": form,
         "metrics": METRICS,
     }

@@ -1,9 +1,10 @@
-"""A method that computes nothing: every kind of setting that a config may have, for the pages that show them."""
+"""Methods that compute nothing, for the pages that show them: one with every kind of setting that a config may have, one
+that compresses a model by itself at a choice of widths."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from compression_worker.catalog import Method
 from compression_worker.contracts import CompressionError
@@ -62,4 +63,28 @@ SKETCH = Method(
     forecast="tests.dashboard.sketch",
     when="In tests.",
     costs="Nothing.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AloneConfig:
+    """Widths of which the constructor knows more than the form offers: 8 is refused, 3 is no choice."""
+
+    bits: int = field(default=4, metadata={"label": "Bits", "choices": (2, 4, 8)})
+
+    def __post_init__(self) -> None:
+        if self.bits == 8:
+            raise CompressionError("bad_setting", "bits is 8; this is not done yet")
+
+    @property
+    def calibrates(self) -> bool:
+        return self.bits == 2
+
+
+ALONE = replace(
+    SKETCH,
+    label="Alone",
+    summary="Draws a whole model.",
+    config="tests.dashboard.sketch:AloneConfig",
+    needs_base=False,
 )

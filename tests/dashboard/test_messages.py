@@ -20,6 +20,8 @@ PAGES = [
     "checkpoint-import",
     "job-list",
     "job-new",
+    "study-list",
+    "study-new",
     "evaluation-list",
     "evaluation-new",
     "set-list",
