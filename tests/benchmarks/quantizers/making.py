@@ -1,0 +1,73 @@
+"""Each form in a process of its own: what it costs is what the operating system counted for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[3]
+ROWS = Path(__file__).with_name("rows.toml")
+
+
+class Refused(Exception):
+    """A form that could not be made; the message is the last line of its process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One artifact of ours. ``bits``: with whom it is compared."""
+
+    name: str
+    bits: int
+    method: str
+    set: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Processor seconds, wall seconds and peak bytes of a process."""
+
+    processor: float
+    wall: float
+    peak: int
+
+
+def listed(path: Path, more: tuple[str, ...]) -> list[Row]:
+    """The rows of a file; ``more`` settings go to each that has a calibration."""
+    rows = tomllib.loads(path.read_text(encoding="utf-8"))["rows"]
+    return [Row(**row | {"set": (*row["set"], *more)}) for row in rows]
+
+
+def make(row: Row, model: Path, text: Path, out: Path) -> Cost:
+    """Run ``compress`` for a row."""
+    command = ["-m", "compression_worker", "compress", row.method, "--json", "--device", "cpu"]
+    command += ["--model", str(model.absolute()), "--out", str(out.absolute()), "--data", str(text.absolute())]
+    return run([*command, *(part for setting in row.set for part in ("--set", setting))])
+
+
+def make_peer(name: str, bits: int, group: int, model: Path, text: Path, out: Path, tokens: int) -> Cost:
+    """Run one peer, which writes dense weights and how large they are packed."""
+    command = ["-m", "tests.benchmarks.quantizers.peers", name, "--bits", str(bits), "--group", str(group)]
+    command += ["--model", str(model.absolute()), "--text", str(text.absolute()), "--out", str(out.absolute())]
+    return run([*command, "--tokens", str(tokens)])
+
+
+def run(arguments: list[str]) -> Cost:
+    """A Python process, and what it and its children cost."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    said = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        lines = [line for line in said.strip().splitlines() if line.strip()]
+        raise Refused(lines[-1] if lines else f"exit {process.returncode}")
+    return Cost(used.ru_utime + used.ru_stime, time.monotonic() - started, used.ru_maxrss * 1024)

@@ -1,0 +1,112 @@
+"""What others make of a model: dense weights that stand for the quantized ones, and the bits these take packed.
+
+Run as a process by :mod:`.making`. Each writes ``weights.safetensors`` (block linears, fp32) and ``size.json``
+(``bits_per_weight`` of the linears, with scales and zeros).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from compression_worker.checkpoints import Checkpoint, attach_folder, load_tokenizer
+from compression_worker.making.inputs import architecture_of
+from compression_worker.methods.gptq.grid import GridSettings, fitted
+from compression_worker.store import Store
+from compression_worker.tensors import checkpoint_files
+
+Weights = dict[str, torch.Tensor]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=sorted(PEERS))
+    parser.add_argument("--bits", type=int, required=True)
+    parser.add_argument("--group", type=int, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True)
+    weights, bits = PEERS[args.name](args)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, args.out / "weights.safetensors")
+    (args.out / "size.json").write_text(json.dumps({"bits_per_weight": bits}))
+    return 0
+
+
+def nearest(args: argparse.Namespace) -> tuple[Weights, float]:
+    """Round to nearest on asymmetric grids from least to greatest."""
+    settings = GridSettings(bits=args.bits, symmetric=False, clip=False)
+    made = {}
+    for name, weight in linears(args):
+        grids = fitted(weight.T.contiguous(), args.group, settings, None)
+        group = torch.arange(weight.shape[1]) // args.group
+        codes = (weight.T / grids.scales[group] + grids.zeros[group]).round_().clamp_(0, grids.most)
+        made[name] = grids.values(codes).T
+    return made, args.bits + (16 + args.bits) / args.group
+
+
+def hqq(args: argparse.Namespace) -> tuple[Weights, float]:
+    """HQQ with its own defaults but for bits and group size: fp32 meta data, as it packs them by itself 16 bits each."""
+    from hqq.core.quantize import Quantizer
+
+    made = {}
+    for name, weight in linears(args):
+        codes, meta = Quantizer.quantize(
+            weight.float(), nbits=args.bits, group_size=args.group, axis=1, device="cpu", compute_dtype=torch.float32
+        )
+        made[name] = Quantizer.dequantize(codes, meta).float()
+    return made, args.bits + 32 / args.group
+
+
+def gptqmodel(args: argparse.Namespace) -> tuple[Weights, float]:
+    """GPTQModel on as many tokens of the same text."""
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    store = Store(args.out / "store", durable=False)
+    checkpoint = Checkpoint.open(store, attach_folder(store, args.model))
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer(text_of(args), add_special_tokens=False, verbose=False)["input_ids"][: args.tokens]
+    windows = [ids[start : start + 512] for start in range(0, len(ids) - 511, 512)]
+    samples = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
+    model = GPTQModel.load(str(args.model), QuantizeConfig(bits=args.bits, group_size=args.group), device="cpu")
+    model.quantize(samples, batch_size=1)
+    made = {}
+    for name, module in model.model.named_modules():
+        if hasattr(module, "dequantize_weight"):
+            made[f"{name}.weight"] = module.dequantize_weight().T.float().cpu()
+    return made, args.bits + (16 + args.bits) / args.group
+
+
+def linears(args: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each block linear, fp32 ``(N, K)``."""
+    store = Store(args.out / "store", durable=False)
+    checkpoint = Checkpoint.open(store, attach_folder(store, args.model))
+    with checkpoint_files(checkpoint) as files:
+        for linear in architecture_of(checkpoint).linears():
+            yield linear.name, files.file(linear.name).tensor(linear.name).float()
+
+
+def text_of(args: argparse.Namespace) -> str:
+    raw = args.text.read_text(encoding="utf-8")
+    if args.text.suffix == ".jsonl":
+        return "\n".join(json.loads(line)["text"] for line in raw.splitlines() if line.strip())
+    return raw
+
+
+PEERS: dict[str, Callable[[argparse.Namespace], tuple[Weights, Any]]] = {
+    "round to nearest": nearest,
+    "HQQ": hqq,
+    "GPTQModel": gptqmodel,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
