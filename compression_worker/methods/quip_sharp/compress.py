@@ -121,7 +121,7 @@ def assemble_step(context: StepContext) -> StepOutput:
     for line in lines:
         linears = from_line(line).linears
         table |= layout.stack_entries(linears, dtypes, config.num_bits, line["rotation"], trained=False)
-    blobs = {name: digest for layer in layers for name, digest in layer.blobs.items()} | rest.blobs
+    blobs = {name: digest for layer in layers for name, digest in layer.blobs.items()} | dict(rest.blobs)
     parcel = Parcel(
         method=METHOD,
         layout=layout.LAYOUT,

@@ -51,8 +51,9 @@ class QuipSharpConfig:
         metadata={
             "label": "Fine-tuning",
             "help": (
-                "none: rounding alone. block: each block makes up for its own rounding errors. end_to_end: sign vectors "
-                "and norms of the whole model learn its full-precision answers. both: one after the other, as published."
+                "none: rounding alone. block: each block makes up for its own rounding errors. end_to_end: sign "
+                "vectors and norms of the whole model learn its full-precision answers. both: one after the other, as "
+                "published."
             ),
             "choices": TUNINGS,
         },

@@ -7,7 +7,17 @@ from dataclasses import replace
 
 from compression_worker.contracts import Json
 from compression_worker.methods.quip_sharp.config import QuipSharpConfig
-from compression_worker.preflight import FLOAT, PROCESS_BYTES, Estimate, Inputs, Matrix, Model, Shapes, StepLoad, halvings
+from compression_worker.preflight import (
+    FLOAT,
+    PROCESS_BYTES,
+    Estimate,
+    Inputs,
+    Matrix,
+    Model,
+    Shapes,
+    StepLoad,
+    halvings,
+)
 from compression_worker.quantization import estimate as shared
 
 WORD = 8

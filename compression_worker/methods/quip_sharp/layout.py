@@ -1,8 +1,8 @@
 """How QuIP# lies on disk.
 
 Code words of block ``i`` are in ``codes-<i>.safetensors``, under ``<stack>#<piece>``, where a stack has the name of its
-first matrix: ``codes`` int16 ``(N', K'/8)``; at 3 bits ``second`` uint8, at 4 bits ``second`` int16; ``scales`` fp32, one
-of each matrix. Signs are not stored: the manifest's seed makes them. Where fine-tuning trained them, they are
+first matrix: ``codes`` int16 ``(N', K'/8)``; ``second`` uint8 at 3 bits, int16 at 4 bits; ``scales`` fp32, one of each
+matrix. Signs are not stored: the manifest's seed makes them. Where fine-tuning trained them, they are
 ``signs_in (K,)`` and ``signs_out (N,)`` in fp16. Norms (and a head) that were trained are in ``tuned.safetensors``.
 
 Every matrix has a line; the line of a stack's first one says how the stack is transformed, and has its padding.

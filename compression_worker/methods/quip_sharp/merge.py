@@ -30,9 +30,9 @@ from compression_worker.tensors import TensorFile, TensorFiles
 
 @dataclass(frozen=True)
 class StoredStack:
-    """A stack as it lies in the artifact. ``planes``: each ``(N', K'/8)``; ``scales (pieces,)``; signs ``(K,)``, ``(N,)``.
+    """A stack as it lies in the artifact: its matrices ``names`` have ``rows`` each.
 
-    ``names`` are its matrices, of ``rows`` each.
+    ``planes``: each ``(N', K'/8)``; ``scales (pieces,)``; ``signs``: ``s_in (K,)``, ``s_out (N,)``.
     """
 
     bits: int

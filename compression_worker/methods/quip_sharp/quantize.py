@@ -79,7 +79,7 @@ def quantize(
     rounding = Lattice(config.num_bits, joint=config.joint_search)
     rounded = ldlq(rotated / unit, found, rounding, passes=config.passes)
     turned = rotation.back(rounded.values.T)
-    scales = whole * unit
+    scales = spreads * unit
     values = unscaled(turned, s_in, s_out)
     pieces = tuple(
         _piece(weight, part * scale, hessian)

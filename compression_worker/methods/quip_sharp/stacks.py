@@ -53,9 +53,7 @@ def read_weight(files: TensorFiles, linear: Linear) -> torch.Tensor:
     return weight.T.contiguous() if linear.transposed else weight
 
 
-def stacks_of(
-    architecture: Architecture, run: range, input_of: Callable[[str], str], *, fuse: bool
-) -> Iterator[Stack]:
+def stacks_of(architecture: Architecture, run: range, input_of: Callable[[str], str], *, fuse: bool) -> Iterator[Stack]:
     """The stacks of the blocks ``run``. ``input_of`` names the Hessian of a linear; ``fuse`` False keeps each alone."""
     numbers = {linear.name: number for number, linear in enumerate(architecture.linears())}
     for block in run:
