@@ -23,7 +23,8 @@ from compression_worker.making.table import codes_file, relative_error, six_digi
 from compression_worker.making.threads import each, one_thread_per_operation
 from compression_worker.methods.quip_sharp import layout
 from compression_worker.methods.quip_sharp.config import QuipSharpConfig
-from compression_worker.methods.quip_sharp.merge import LatticeTensors, load_model, open_merged
+from compression_worker.methods.quip_sharp.loading import load_model, load_packed
+from compression_worker.methods.quip_sharp.merge import open_merged
 from compression_worker.methods.quip_sharp.quantize import quantize
 from compression_worker.methods.quip_sharp.stacks import Stack, from_line, stack_line, stacks_of
 from compression_worker.quantization.blocks import split
@@ -32,7 +33,7 @@ from compression_worker.quantization.rest import TRANSFORMERS, checked_source, l
 from compression_worker.quantization.windows import window_length
 from compression_worker.tensors import ITEM_SIZES, TensorFile, TensorFiles, checkpoint_files, whole, write_file
 
-__all__ = ["LatticeTensors", "assemble_step", "layers_step", "load_model", "open_merged", "plan_step"]
+__all__ = ["assemble_step", "layers_step", "load_model", "load_packed", "open_merged", "plan_step"]
 
 METHOD = "quip_sharp"
 CODING = ("num_bits", "passes", "rho", "fuse", "joint_search", "damping")

@@ -11,7 +11,6 @@ import torch
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint
 from compression_worker.contracts import CompressionError, Json
-from compression_worker.making.loading import dense_model
 from compression_worker.making.reading import ArtifactTensors
 from compression_worker.methods.quip_sharp.layout import (
     CODES,
@@ -112,15 +111,6 @@ class LatticeTensors(ArtifactTensors):
 def open_merged(base: Checkpoint | None, artifact: Artifact) -> LatticeTensors:
     """The tensors of the compressed model, for a restore; ``base`` is of no use."""
     return LatticeTensors(artifact)
-
-
-def load_model(
-    base: Checkpoint | None, artifact: Artifact, device: str = "cpu", dtype: torch.dtype | None = None
-) -> torch.nn.Module:
-    """The compressed model in memory, decoded once and dense."""
-    with LatticeTensors(artifact) as made:
-        model: torch.nn.Module = dense_model(made, dtype)
-    return model.to(device).eval().requires_grad_(False)
 
 
 def _tensor(file: TensorFile, name: str) -> torch.Tensor:

@@ -21,8 +21,8 @@ from typing import Any, Self
 import torch
 
 from kernels.hadamard.factors import Plan, plan, plan_from
-from kernels.hadamard.reference import hadamard
 from kernels.hadamard.signs import random_signs
+from kernels.registry import choose
 
 WORD = 8
 """Columns that a code word stands for."""
@@ -90,7 +90,7 @@ class Rotation:
 
 def _transform(x: torch.Tensor, plan: Plan, *, transpose: bool = False) -> torch.Tensor:
     """``x Q``, or ``x Q^T``, of rows."""
-    y: torch.Tensor = hadamard(x.contiguous(), plan, None, transpose)
+    y: torch.Tensor = choose("hadamard", x.device.type)(x.contiguous(), plan, None, transpose)
     return y
 
 
