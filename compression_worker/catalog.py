@@ -99,6 +99,23 @@ METHODS: dict[str, Method] = {
         ),
         needs_base=False,
     ),
+    "quip_sharp": Method(
+        label="QuIP#",
+        summary="Every block linear at 2, 3 or 4 bits a weight, as points of a lattice, in an artifact of its own.",
+        paper="arXiv:2402.04396",
+        config="compression_worker.methods.quip_sharp.config:QuipSharpConfig",
+        implementation="compression_worker.methods.quip_sharp.compress",
+        forecast="compression_worker.methods.quip_sharp.estimate",
+        when=(
+            "For any one model that has to fit in little memory, and above all at 2 bits, where rounding weight by "
+            "weight fails. Small models lose more than large ones: fine-tune, and evaluate before you ship."
+        ),
+        costs=(
+            "The model reads a little calibration text, a block in memory at a time. Rounding takes about ten times as "
+            "long as GPTQ, with refinement longer; fine-tuning the whole model needs it in full precision in memory."
+        ),
+        needs_base=False,
+    ),
 }
 
 STEPS: dict[str, str] = {
@@ -120,6 +137,9 @@ STEPS: dict[str, str] = {
     "gptq.layers": "compression_worker.methods.gptq.compress:layers_step",
     "gptq.assemble": "compression_worker.methods.gptq.compress:assemble_step",
     "quantization.rest": "compression_worker.quantization.rest:rest_step",
+    "quip_sharp.plan": "compression_worker.methods.quip_sharp.compress:plan_step",
+    "quip_sharp.layers": "compression_worker.methods.quip_sharp.compress:layers_step",
+    "quip_sharp.assemble": "compression_worker.methods.quip_sharp.compress:assemble_step",
     "calibration.tokens": "compression_worker.quantization.calibration:tokens_step",
     "calibration.hessians": "compression_worker.quantization.calibration:hessians_step",
     "evaluation.plan": "compression_worker.evaluation.steps:plan_step",
@@ -162,6 +182,8 @@ NEEDS: dict[str, Need] = {
     "gptq.layers": Need(device=True, work="compression_worker.methods.gptq.estimate:layers_work"),
     "gptq.assemble": Need(work="compression_worker.methods.gptq.estimate:assemble_work"),
     "quantization.rest": Need(work="compression_worker.quantization.estimate:rest_work"),
+    "quip_sharp.layers": Need(device=True, work="compression_worker.methods.quip_sharp.estimate:layers_work"),
+    "quip_sharp.assemble": Need(work="compression_worker.methods.quip_sharp.estimate:assemble_work"),
     "calibration.tokens": Need(device=True, work="compression_worker.quantization.estimate:tokens_work"),
     "calibration.hessians": Need(device=True, work="compression_worker.quantization.estimate:hessians_work"),
     "evaluation.target": Need(device=True, work="compression_worker.evaluation.estimate:target_work"),

@@ -31,9 +31,11 @@ DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "F32": torch.float32,
     "I32": torch.int32,
+    "I16": torch.int16,
     "U8": torch.uint8,
     "I8": torch.int8,
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ITEM_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
@@ -199,6 +201,12 @@ def _entry(file: str, name: str, info: object) -> Entry:
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+def whole(tensor: torch.Tensor) -> tuple[Spec, list[memoryview]]:
+    """A tensor in memory as :func:`write_file` takes it."""
+    own = tensor.detach().cpu().contiguous()
+    return Spec(_NAMES[own.dtype], tuple(own.shape)), [raw_bytes(own)]
 
 
 def header_bytes(tensors: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -40,6 +40,15 @@ def calibration_tokens(context: StepContext, checkpoint: Checkpoint, *, samples:
     return windows[places]
 
 
+def window_length(context: StepContext, checkpoint: Checkpoint, length: int) -> int:
+    """``length``, or as many tokens as the model can read, which is then said."""
+    said = checkpoint.manifest["config"]
+    most = int(said.get("max_position_embeddings") or said.get("n_positions") or length)
+    if length > most:
+        context.log(f"the model reads {most} tokens at most: windows are that long, not {length}", "warning")
+    return min(length, most)
+
+
 def generated(context: StepContext, checkpoint: Checkpoint, *, samples: int, length: int) -> torch.Tensor:
     """``(samples, length)`` tokens that the model draws one after another from its own distribution."""
     model = load_model(checkpoint, device=context.device, dtype=torch.float32)

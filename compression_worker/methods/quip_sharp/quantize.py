@@ -1,0 +1,110 @@
+"""One stack of matrices from weights and Hessian to code words: scale, rotate, round with feedback, refine.
+
+Matrices ``W_i (N_i, K)`` that read one input, each divided by ``s_i = RMS(W_i)`` and stacked, are rotated to ``Wt (N',
+K')`` and rounded as ``Wt rho / RMS(Wt)`` by block LDLQ with 8 columns at a time (QuIP#, arXiv 2402.04396, sections 3 to
+4 and F.5). ``W_i = scale_i diag(s_out) M diag(s_in)`` with ``M`` the rotated points turned back, in units of the
+codebook, and ``scale_i = s_i RMS(Wt) / rho``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from compression_worker.methods.quip_sharp.codebook import RESIDUAL_SCALE, E8PRounder, planes
+from compression_worker.methods.quip_sharp.config import QuipSharpConfig
+from compression_worker.methods.quip_sharp.rotation import WORD, Rotation
+from compression_worker.quantization.rounding import factor, ldlq, proxy_loss
+from kernels.e8p_matmul.codebook import decode, decode_second_stage
+
+
+class Lattice:
+    """The codebook as the solver asks for it: ``WORD`` columns of all rows at once, a code word for each row."""
+
+    block = WORD
+
+    def __init__(self, bits: int, *, joint: bool = False) -> None:
+        self._round = E8PRounder(bits, joint=joint)
+
+    def __call__(self, targets: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        values, codes = self._round(targets.T.contiguous())
+        return values.T, codes[None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became of one matrix of a stack: its loss on the Hessian over that of nothing at all, and squared norms."""
+
+    proxy_loss: float
+    error: float
+    energy: float
+
+
+@dataclass(frozen=True)
+class Coded:
+    """``planes``: ``(N', K'/8)`` each, the first code words and, at 3 and 4 bits, the second. ``scales (pieces,)``.
+
+    ``turned (N, K)`` is ``M``. ``damping`` is what the factor of the Hessian needed, ``feedback`` whether it had one.
+    """
+
+    planes: tuple[torch.Tensor, ...]
+    scales: torch.Tensor
+    turned: torch.Tensor
+    pieces: tuple[Piece, ...]
+    damping: float
+    feedback: bool
+
+
+def quantize(
+    weights: Sequence[torch.Tensor],
+    hessian: torch.Tensor,
+    rotation: Rotation,
+    config: QuipSharpConfig,
+    signs: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Coded:
+    """Code ``weights``, each ``(N_i, K)`` fp32, on ``hessian (K, K)``; all on one device.
+
+    ``signs`` are ``s_in (K,)`` and ``s_out (N,)`` in the place of the rotation's own.
+    """
+    s_in, s_out = (sign.to(hessian.device) for sign in signs or rotation.signs())
+    spreads = torch.stack([weight.square().mean().sqrt() for weight in weights])
+    whole = spreads.where(spreads > 0, 1.0)
+    stack = torch.cat([weight / spread for weight, spread in zip(weights, whole, strict=True)])
+    rotated = rotation.weight(stack, s_in, s_out)
+    unit = rotated.square().mean().sqrt() / config.width
+    unit = unit.where(unit > 0, 1.0)
+    found = factor(rotation.hessian(hessian, s_in), WORD, config.damping)
+    rounding = Lattice(config.num_bits, joint=config.joint_search)
+    rounded = ldlq(rotated / unit, found, rounding, passes=config.passes)
+    turned = rotation.back(rounded.values.T)
+    scales = spreads * unit
+    values = unscaled(turned, s_in, s_out)
+    pieces = tuple(
+        _piece(weight, part * scale, hessian)
+        for weight, part, scale in zip(weights, values.split([len(one) for one in weights]), scales, strict=True)
+    )
+    made = tuple(plane.contiguous().cpu() for plane in planes(rounded.codes.T.contiguous(), config.num_bits))
+    return Coded(made, scales.cpu(), turned, pieces, found.damping, found.upper is not None)
+
+
+def unscaled(turned: torch.Tensor, s_in: torch.Tensor, s_out: torch.Tensor) -> torch.Tensor:
+    """``diag(s_out) M diag(s_in)``."""
+    return turned * s_in * s_out[:, None]
+
+
+def points(planes: Sequence[torch.Tensor], bits: int) -> torch.Tensor:
+    """Code words ``(N', K'/8)`` of each plane -> ``Wt_hat (N', K')`` in units of the codebook."""
+    values = decode(planes[0])
+    if bits == 3:
+        values += decode_second_stage(planes[1]).div_(RESIDUAL_SCALE[3])
+    elif bits == 4:
+        values += decode(planes[1]).div_(RESIDUAL_SCALE[4])
+    return values.flatten(-2)
+
+
+def _piece(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tensor) -> Piece:
+    loss = proxy_loss(weight.T, values.T, hessian)
+    error = float((weight - values).square().sum(dtype=torch.float64))
+    return Piece(loss, error, float(weight.square().sum(dtype=torch.float64)))
