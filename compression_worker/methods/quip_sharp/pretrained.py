@@ -81,7 +81,7 @@ class QuipSharpQuantizer(HfQuantizer):
                 pack(model, made, self._names)
                 model.to(model.device)
                 return
-            paths = {name: path for name, path in zip(self._names, _owners(model, self._names.values()), strict=True)}
+            paths = dict(zip(self._names, _owners(model, self._names.values()), strict=True))
             for name, path in paths.items():
                 hollow = model.get_submodule(path)
                 (linear,) = hollow.stands_for
