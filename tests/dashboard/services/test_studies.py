@@ -130,7 +130,7 @@ def test_what_does_not_fit_together_is_refused(
     with pytest.raises(Refused, match="Together they need"):
         asked(base, text)
     monkeypatch.setattr(preflight, "free_bytes", lambda: 1000)
-    with pytest.raises(Refused, match="Alone, 2 bits: It needs .* too little"):
+    with pytest.raises(Refused, match=r"Alone, 2 bits: It needs .* too little"):
         asked(base, text)
     assert Study.objects.count() == 1
 
