@@ -119,7 +119,12 @@ TERMS: Mapping[str, Term] = {
 }
 
 GROUPS: Mapping[str, Words] = {
+    "calibrate": _("calibration"),
+    "tokens": _("calibration text"),
+    "hessians": _("calibration"),
+    "layers": _("layer"),
     "choose": _("choice"),
+    "search": _("choice"),
     "measure": _("measurement"),
     "layer": _("layer"),
     "rest": _("rest"),

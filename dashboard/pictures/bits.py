@@ -15,6 +15,7 @@ from django.utils.translation import gettext as _
 from dashboard.formats import significant
 from dashboard.pictures.labels import Ground, labels, legend
 from dashboard.pictures.marks import SHAPES, outline, place_of
+from dashboard.pictures.pareto import round_values
 from dashboard.pictures.svg import Picture, drawing, element, line, link, text
 
 WIDTH, HEIGHT = 560, 330
@@ -154,13 +155,12 @@ def _axes(scale: _Scale, axis: str) -> list[object]:
 def log_values(low: float, high: float) -> list[float]:
     """From two to eight round numbers between ``10**low`` and ``10**high``; a wide span is told by powers alone."""
     powers = range(math.floor(low), math.ceil(high) + 1)
-    found: list[float] = []
-    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), tuple(step / 10 for step in range(10, 100, 2))):
+    for digits in ((1,), (1, 3), (1, 2, 5)):
         inside = [digit * 10.0**power for power in powers for digit in digits]
         found = [value for value in inside if low <= math.log10(value) <= high]
         if len(found) >= 3:
-            break
-    return found[:: max(1, math.ceil(len(found) / 8))]
+            return found[:: math.ceil(len(found) / 8)]
+    return round_values(10.0**low, 10.0**high)
 
 
 def _short(value: float) -> str:

@@ -261,20 +261,31 @@ def log_page(job: Job, *, query: str = "", before: int | None = None, limit: int
 def matrices_so_far(steps: Sequence[Step]) -> list[Matrix]:
     """The matrices of the finished layers, as their steps tell of them."""
     found: list[Matrix] = []
-    for step in steps:
-        if step.group != "layer" or step.state != StepState.DONE:
-            continue
+    for step in _layers_done(steps):
         found += from_figures(step.data.get("matrices") or [])
         found += [Matrix(name, _line_error(line)) for name, line in step.data.get("linears", {}).items()]
     return found
 
 
+def proxies_so_far(steps: Sequence[Step]) -> list[Matrix]:
+    """The same with their relative proxy losses, where the method measures one."""
+    lines = [item for step in _layers_done(steps) for item in step.data.get("linears", {}).items()]
+    return [Matrix(name, line["proxy_loss"]) for name, line in lines if line.get("proxy_loss") is not None]
+
+
+def _layers_done(steps: Sequence[Step]) -> list[Step]:
+    return [step for step in steps if step.group == "layer" and step.state == StepState.DONE]
+
+
 def _line_error(line: Mapping[str, Any]) -> float | None:
     """The relative error of one matrix from the sums that its step left.
 
-    Either the whole squared error was summed, or it follows from one sign per weight with its initial scale:
-    ``|D - scale * S| / |D|``.
+    Either the step says it, or the whole squared error was summed, or it follows from one sign per weight with its
+    initial scale: ``|D - scale * S| / |D|``.
     """
+    if "relative_error" in line:
+        said: float | None = line["relative_error"]
+        return said
     squares = line.get("sum_squares")
     if not squares:
         return 0.0 if squares == 0 else None

@@ -130,7 +130,9 @@ def job_detail(request: HttpRequest, pk: int) -> HttpResponse:
             "ledger": ledger_picture(made.ledger, made.source_bytes) if made else None,
             "heatmap": heatmap_picture(matrices),
             "coding": coding_picture(matrices),
-            "proxy": heatmap_picture(registry.proxy_losses(made.figures), Measure.PROXY) if made else None,
+            "proxy": heatmap_picture(
+                registry.proxy_losses(made.figures) if made else jobs.proxies_so_far(steps), Measure.PROXY
+            ),
             "curve": curve_picture(jobs.losses_so_far(steps)),
             "training": curve_picture(registry.training_losses(made.figures), is_distillation=False) if made else None,
             "memory": memory_picture(made.figures.get("training") or {}) if made else None,

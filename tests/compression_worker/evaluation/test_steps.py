@@ -57,6 +57,25 @@ def plan(inputs: dict[str, str], **config: Any) -> StepSpec:
     return StepSpec(kind="evaluation.plan", params={"config": CONFIG | config}, inputs=inputs)
 
 
+def test_what_stands_alone_is_measured_without_a_base(world: tuple[Store, dict[str, str]]) -> None:
+    store, inputs = world
+    settings = {"num_bits": 4, "samples": 4, "length": 32}
+    source = {"variant": inputs["base"], "calibration": inputs["text"]}
+    quantization = StepSpec(kind="gptq.plan", params={"config": settings}, inputs=source)
+    artifact = run_plan(store, quantization, device="cpu").data["artifact"]
+    text = {"text": inputs["text"], "artifact": artifact}
+    of_a_base = evaluated(store, text | {"variant": inputs["base"]})[0].data
+    assert of_a_base["targets"] == ["variant", "compressed"]
+    assert 0 < metric(of_a_base, "kl_divergence")["values"]["compressed"]["value"] < 0.1
+    steps = {}
+    for base in (inputs["base"], inputs["variant"]):
+        given = plan(text | {"variant": inputs["variant"], "base": base})
+        _, output, _ = Runner(store=store, device="cpu").compute(given, lambda event: None)
+        assert output.data["targets"] == ["base", "variant", "compressed"]
+        steps[base] = next(step for step in output.steps if step.name == "compressed")
+    assert len({json.dumps(step.to_json(), sort_keys=True) for step in steps.values()}) == 1, "its key knows no base"
+
+
 def metric(data: Json, name: str) -> Json:
     (found,) = [metric for metric in data["metrics"] if metric["name"] == name]
     return found

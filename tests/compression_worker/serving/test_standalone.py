@@ -94,8 +94,10 @@ def _alive(client: Client) -> bool:
     ("flags", "word"),
     [
         ([], "--store"),
-        (["--base", "x", "--store", "y"], "--base stands alone"),
-        (["--variant", "a=b", "--store", "y"], "--base DIR"),
+        (["--base", "x", "--store", "y"], "--base and --variant stand alone"),
+        (["--variant", "a=b", "--store", "y"], "--base and --variant stand alone"),
+        (["--variant", "a=b", "--environment", "y"], "--base and --variant stand alone"),
+        (["--variant", "a"], "NAME=ARTIFACT"),
         (["--base", "x", "--variant", "a"], "NAME=ARTIFACT"),
         (["--base", "x", "--variant", "=b"], "NAME=ARTIFACT"),
         (["--base", "x", "--variant", "a=b", "--variant", "a=c"], "name of its own"),

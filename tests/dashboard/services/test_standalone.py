@@ -48,7 +48,7 @@ from tests.tiny import make_tiny_pair
 pytestmark = pytest.mark.django_db(transaction=True)
 
 TEXT = b"".join(b"Paragraph %d: the quick brown fox jumps over the lazy dog.\n\n" % n for n in range(60))
-CONFIG: dict[str, Any] = {"num_bits": 4, "samples": 8, "sequence_length": 32}
+CONFIG: dict[str, Any] = {"num_bits": 4, "samples": 8, "length": 32}
 MEASURED = {"window_tokens": 32, "max_windows": 6, "max_new_tokens": 2, "bootstrap_resamples": 200}
 
 
@@ -152,10 +152,9 @@ def test_what_lost_its_row_with_a_restored_database_gets_one_again(real_worker: 
     for artifact in artifacts:
         Artifact.objects.filter(pk=artifact.pk).delete()
         Job.objects.filter(pk=artifact.job_id).delete()
-    assert [adoption.adopt(lost) for lost in adoption.lost_in(store)] == [
-        f"artifact {digest[:12]} is adopted as '{name}-gptq-4bit-adopted'"
-        for digest, name in sorted((one.digest, one.variant.name) for one in artifacts)
-    ]
+    assert sorted(adoption.adopt(lost) for lost in adoption.lost_in(store)) == sorted(
+        f"artifact {one.digest[:12]} is adopted as '{one.name}-adopted'" for one in artifacts
+    )
     for lost in artifacts:
         found = Artifact.objects.get(digest=lost.digest)
         assert (found.variant, found.base) == (lost.variant, lost.variant)

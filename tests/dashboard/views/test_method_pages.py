@@ -16,7 +16,7 @@ from django.urls import reverse
 from compression_worker.catalog import METHODS
 from dashboard.lifecycle import Role
 from dashboard.models import Job
-from tests.dashboard.sketch import SKETCH
+from tests.dashboard.sketch import ALONE, SKETCH
 from tests.dashboard.views.test_forms import JOB
 from tests.factories import make_artifact
 
@@ -56,6 +56,57 @@ def test_every_method_of_the_catalogue_has_a_card(world: SimpleNamespace, client
     assert page.count("measured here") == 1
     assert "5.20×" in page
     assert "10.4×" in page
+
+
+def test_cards_stand_by_what_methods_compress(
+    world: SimpleNamespace, client_as: ClientAs, sketch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "alone", ALONE)
+    page = words(client_as(Role.ENGINEER).get(reverse("job-new")))
+    parts = page.split("<h2>")
+    difference = next(part for part in parts if part.startswith("The difference between a variant and its base"))
+    whole = next(part for part in parts if part.startswith("A whole model by itself"))
+    assert "Set up Sketch" in difference
+    assert "Set up Alone" in whole
+    assert "needs the base model" in difference
+    assert "needs the base model" not in whole
+
+
+def test_a_base_model_is_offered_only_what_compresses_it(
+    world: SimpleNamespace, client_as: ClientAs, sketch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "alone", ALONE)
+    client = client_as(Role.ENGINEER)
+    page = words(client.get(f"{reverse('job-new')}?variant={world.base.pk}"))
+    assert "What fits smol-base." in page
+    assert "Set up Alone" in page
+    assert "Set up Sketch" not in page
+    form = client.get(f"{reverse('job-create', args=['alone'])}?variant={world.base.pk}")
+    cards = [card.name for family in form.context["families"] for card in family.cards]
+    assert "alone" in cards
+    assert not any(METHODS[name].needs_base for name in cards)
+    other = client.get(f"{reverse('job-create', args=['alone'])}?variant={world.variant.pk}")
+    assert {card.name for family in other.context["families"] for card in family.cards} == set(METHODS)
+    assert 'hx-target="#methods"' in other.content.decode()
+
+
+def test_a_form_lists_the_models_that_its_method_can_compress(
+    world: SimpleNamespace, client_as: ClientAs, sketch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "alone", ALONE)
+    client = client_as(Role.ENGINEER)
+    listed = {
+        name: set(client.get(reverse("job-create", args=[name])).context["form"].fields["variant"].queryset)
+        for name in ("alone", "sketch")
+    }
+    assert listed == {"alone": {world.base, world.variant}, "sketch": {world.variant}}
+    response = client.post(sketch, SENT | {"variant": world.base.pk})
+    assert list(response.context["form"].errors) == ["variant"]
+    client.post(
+        reverse("job-create", args=["alone"]), {"bits": "4", "seed": "0", "priority": "0", "variant": world.base.pk}
+    )
+    job = Job.objects.latest("pk")
+    assert (job.method, job.variant, set(job.spec["first"]["inputs"])) == ("alone", world.base, {"variant"})
 
 
 def test_cards_take_one_query_however_many_methods_there_are(

@@ -1,0 +1,102 @@
+"""Pages of artifacts that stand alone say what is true of them: no base, no delta, nobody's variant where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import unescape
+from types import SimpleNamespace
+
+import pytest
+from django.test import Client
+from django.urls import reverse
+
+from dashboard.lifecycle import ApprovalState, Role
+from tests.factories import (
+    deploy,
+    make_approval,
+    make_artifact,
+    make_environment,
+    make_evaluation,
+    standalone_figures,
+    summary,
+)
+
+ClientAs = Callable[[Role], Client]
+
+
+@pytest.fixture
+def alone(world: SimpleNamespace) -> SimpleNamespace:
+    """An artifact of the base model, measured, asked for and deployed."""
+    artifact = make_artifact(world.base, alone=True, method="gptq", name="quartered", figures=standalone_figures())
+    results = summary() | {"targets": ["variant", "compressed"]}
+    evaluation = make_evaluation(artifact, text_set=world.text, choice_set=world.choice, results=results)
+    approval = make_approval(evaluation, ApprovalState.APPROVED)
+    environment = make_environment("staging")
+    deploy(environment, world.base, approval)
+    return SimpleNamespace(**locals())
+
+
+def page(client: Client, route: str, *key: object) -> str:
+    return " ".join(unescape(client.get(reverse(route, args=key)).content.decode()).split())
+
+
+def test_its_page_names_what_it_was_made_from_once(
+    world: SimpleNamespace, client_as: ClientAs, alone: SimpleNamespace
+) -> None:
+    shown = page(client_as(Role.ENGINEER), "artifact-detail", alone.artifact.pk)
+    crumbs = shown.partition('<p class="crumbs">')[2].partition("</p>")[0]
+    assert crumbs.count(world.base.name) == 2, "one link: its address and its name"
+    provenance = shown.partition("Provenance")[2].partition("</dl>")[0]
+    assert "Made from" in provenance
+    assert "it holds the whole model" in provenance
+    assert ">Variant<" not in provenance
+    table = shown.partition("Quality")[2].partition("</thead>")[0]
+    assert ">uncompressed<" in table
+    assert ">variant<" not in table
+
+
+def test_its_pictures_are_there(world: SimpleNamespace, client_as: ClientAs, alone: SimpleNamespace) -> None:
+    shown = page(client_as(Role.VIEWER), "artifact-detail", alone.artifact.pk)
+    for title in (
+        "Relative proxy loss between",
+        "Relative error between",
+        "Training: the loss goes from",
+        "Training held 60.0 MB at once, 2.00× less than LoRA on 16-bit weights",
+    ):
+        assert title in shown
+    other = page(client_as(Role.VIEWER), "artifact-detail", world.artifact.pk)
+    assert "proxy loss" not in other
+    assert "Training held" not in other
+
+
+def test_the_memo_speaks_of_no_delta(world: SimpleNamespace, client_as: ClientAs, alone: SimpleNamespace) -> None:
+    shown = page(client_as(Role.MANAGER), "approval-detail", alone.approval.pk)
+    assert "would be answered by the GPTQ form of it, which stands alone" in shown
+    assert "delta" not in shown.lower().partition("what it saves")[0].partition("what changes")[2]
+    assert "Uncompressed model" in shown.partition("What it holds to")[2]
+    assert "Base model" not in shown.partition("What it holds to")[2]
+    other = page(client_as(Role.MANAGER), "approval-detail", world.pending.pk)
+    assert "plus a BitDelta delta" in other
+    assert "Base model" in other.partition("What it holds to")[2]
+
+
+def test_a_base_model_has_its_artifacts_comparisons_and_places(
+    world: SimpleNamespace, client_as: ClientAs, alone: SimpleNamespace
+) -> None:
+    client = client_as(Role.ENGINEER)
+    shown = page(client, "checkpoint-detail", world.base.name)
+    assert f'href="{reverse("artifact-detail", args=[alone.artifact.pk])}"' in shown
+    assert "Quality against bytes" in shown
+    assert f"{reverse('job-new')}?variant={world.base.pk}" in shown
+    assert "Keeping full precision" not in shown, "a base has no escrow"
+    release = page(client, "environment-detail", "staging")
+    assert "smol-base @ gptq" in release
+
+
+def test_the_evaluation_of_a_base_model_calls_nobody_a_variant(
+    world: SimpleNamespace, client_as: ClientAs, alone: SimpleNamespace
+) -> None:
+    shown = page(client_as(Role.VIEWER), "evaluation-detail", alone.evaluation.pk)
+    main = shown.partition("<main")[2]
+    assert ">variant<" not in main
+    assert main.count(">uncompressed<") >= 3, "the table, the flips, the answers"
