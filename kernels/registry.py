@@ -65,6 +65,21 @@ OPS: dict[str, Op] = {
         ),
         tolerances={},
     ),
+    "dequant_matmul": Op(
+        reference="kernels.dequant_matmul.reference:dequant_matmul",
+        kernel="kernels.dequant_matmul.kernel:dequant_matmul",
+        # (M, N, K, group size, bits). Groups of a step, of half of one, of no step, of all inputs; short last groups.
+        shapes=(
+            (1, 32, 32, 32, 4),
+            (3, 64, 96, 32, 2),
+            (17, 32, 160, 64, 3),
+            (5, 160, 64, 128, 4),
+            (2, 32, 96, 40, 3),
+            (1, 32, 288, 128, 8),
+            (3, 32, 64, 1, 8),
+        ),
+        tolerances={"float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (2e-2, 2e-2)},
+    ),
     "hadamard": Op(
         reference="kernels.hadamard.reference:hadamard",
         kernel="kernels.hadamard.kernel:hadamard",

@@ -1,6 +1,7 @@
 """The delta kernels on a CUDA device, against its own copy bandwidth and cuBLAS in the same run.
 
     python -m tests.benchmarks.bench_kernels [--rounds 50] [--sizes 4096 8192] [--batches 1 2 4 8 16 32]
+        [--dimensions 4096 8192 14336 11008]
 
 Runs the kernel tests on the device first (no time is reported on a red gate) and adds a line per figure to
 ``results.csv``. Exits 1 when a figure misses its bound, and 2, with nothing written, where there is no CUDA device.
@@ -15,6 +16,10 @@ Runs the kernel tests on the device first (no time is reported on a red gate) an
   delta's dense bf16 form that its codes occupy.
 - *e8p_matmul, one row*: bytes of the code words, of x and of y over the time of a call, as a share of the copy
   bandwidth; and the time of the same product of a bf16 matrix by cuBLAS over it. Each round reads other codes.
+- *hadamard*: bytes that the pass must move (x read and y written in bf16, and the signs) over its time, as a share of
+  the copy bandwidth.
+- *dequant_matmul, b bits*: for one row and for 16, bytes of the packed matrix (codes, zeros, scales), x and y over the
+  time, as a share of the copy bandwidth; for 512 rows, time over that of the dense bf16 product by cuBLAS.
 - *relative error*: norm of the difference from a product in float64, over its norm.
 """
 
@@ -32,9 +37,16 @@ import torch
 
 from kernels.binary_matmul.kernel import binary_matmul
 from kernels.binary_matmul.operands import Segments, segments_of
+from kernels.dequant_matmul.kernel import dequant_matmul
+from kernels.dequant_matmul.layout import BITS
+from kernels.dequant_matmul.operands import PackedWeight, packed_weight
+from kernels.dequant_matmul.reference import dequantize
 from kernels.e8p_matmul.kernel import e8p_matmul
 from kernels.e8p_matmul.reference import E8PWeight, decode_matrix
 from kernels.group_mask.reference import kept_per_row
+from kernels.hadamard import reference as hadamard_reference
+from kernels.hadamard.factors import plan
+from kernels.hadamard.kernel import hadamard
 from kernels.packing import code_words, unpack_signs, words_for
 from kernels.sign_pack.kernel import sign_pack_rows
 from kernels.sparse_delta_matmul.kernel import sparse_delta_matmul
@@ -44,6 +56,9 @@ from tests.benchmarks.bench_bitdelta import record as record_row
 PROJECT = Path(__file__).parents[2]
 COPY_BYTES = 1 << 30
 SIGN_PACK_SHARE = 0.8
+HADAMARD_SHARE = 0.8
+HADAMARD_NUMBERS = 1 << 26
+DEQUANT_SHARE = 0.7
 ROOFLINE_SHARE = 0.7
 E8P_SHARE = 0.6
 E8P_BYTES = 1 << 30
@@ -61,6 +76,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--dimensions", type=int, nargs="+", default=[4096, 8192, 14336, 11008])
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.stderr.write("There is no CUDA device here: nothing was measured and no row was written.\n")
@@ -73,6 +89,10 @@ def main() -> int:
         passed.append(bench_sign_pack(size, args.rounds, copied))
         passed += [bench_binary_matmul(size, batch, args.rounds) for batch in args.batches]
         passed += bench_sparse_delta_matmul(size, args.rounds)
+        for bits in BITS:
+            passed += bench_dequant_matmul(size, bits, args.rounds, copied)
+    for dimension in args.dimensions:
+        passed += bench_hadamard(dimension, args.rounds, copied)
     for outputs, inputs in E8P_SHAPES:
         for bits in (2, 3, 4):
             passed += bench_e8p_matmul(outputs, inputs, bits, args.rounds, copied)
@@ -229,6 +249,64 @@ def e8p_weight(outputs: int, inputs: int, bits: int) -> E8PWeight:
     )
     planes = {2: None, 3: second.to(torch.uint8), 4: second}
     return E8PWeight(first, planes[bits], {2: 1.0, 3: 2.04, 4: 3.45}[bits], 0.01)
+
+
+def bench_hadamard(dimension: int, rounds: int, copied: float) -> list[bool]:
+    """Rows of 128 MB with fused signs, the forward direction; then the error of some of them."""
+    chosen, rows = plan(dimension), HADAMARD_NUMBERS // dimension
+    signs = torch.randint(0, 2, (dimension,), device="cuda").float() * 2 - 1
+    inputs = [random(rows, dimension) for _ in range(4)]
+    taken = seconds([captured(partial(hadamard, x, chosen, signs)) for x in inputs], rounds)
+    moved = 2 * 2 * rows * dimension + 4 * dimension
+    few = inputs[0][:16]
+    expected = hadamard_reference.hadamard(few.double(), chosen, signs.double())
+    name = f"hadamard, {dimension} ({chosen.kind} {'x'.join(map(str, (*chosen.factors, chosen.sylvester)))})"
+    share = moved / taken / copied
+    return [
+        record(f"{name}: share of copy bandwidth", share, "ratio", HADAMARD_SHARE, least=True),
+        record(
+            f"{name}: relative error", error(hadamard(few, chosen, signs).double(), expected), "ratio", RELATIVE_ERROR
+        ),
+    ]
+
+
+def bench_dequant_matmul(size: int, bits: int, rounds: int, copied: float) -> list[bool]:
+    """Group 128 in order: one row, 16 and 512; then the error of the same call."""
+    copies = max(2, min(32, RESIDENT_BYTES // (size * size)))
+    weights = [packed(size, bits) for _ in range(copies)]
+    dense = dequantize(*tensors(weights[0]), dtype=torch.float64)
+    name, passed = f"dequant_matmul, {size} x {size}, {bits} bits", []
+    for tokens in (1, 16, 512):
+        x = random(tokens, size)
+        taken = seconds([captured(partial(dequant_matmul, x, weight)) for weight in weights], rounds)
+        if tokens > 16:
+            models = [random(size, size) for _ in range(4)]
+            alone = seconds([captured(partial(torch.nn.functional.linear, x, model)) for model in models], rounds)
+            record(f"{name}, {tokens} rows: over the dense product", taken / alone, "ratio")
+        else:
+            moved = sum(tensor.nbytes for tensor in tensors(weights[0])[:3]) + 2 * x.nbytes
+            bound = DEQUANT_SHARE if tokens == 1 else None
+            figure = f"{name}, {tokens} row{'s' * (tokens > 1)}: share of copy bandwidth"
+            passed.append(record(figure, moved / taken / copied, "ratio", bound, least=bound is not None))
+        found = error(dequant_matmul(x, weights[0]).double(), x.double() @ dense.T)
+        passed.append(record(f"{name}, {tokens} rows: relative error", found, "ratio", RELATIVE_ERROR))
+    return passed
+
+
+def packed(size: int, bits: int, group_size: int = 128) -> PackedWeight:
+    """A matrix of random codes and zeros: any words are some."""
+    groups = size // group_size
+    qweight, qzeros = (
+        torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
+        for shape in ((size * bits // 32, size), (groups, size * bits // 32))
+    )
+    scales = (torch.rand((groups, size), device="cuda") * 0.01).half()
+    g_idx = (torch.arange(size, device="cuda") // group_size).to(torch.int32)
+    return packed_weight(qweight, qzeros, scales, g_idx, bits)
+
+
+def tensors(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    return weight.qweight, weight.qzeros, weight.scales, weight.g_idx, weight.bits
 
 
 def random(*shape: int) -> torch.Tensor:

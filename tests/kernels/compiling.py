@@ -18,6 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from kernels.binary_matmul.kernel import binary_matmul
 from kernels.binary_matmul.operands import segments_of
+from kernels.dequant_matmul.kernel import dequant_matmul
+from kernels.dequant_matmul.operands import PackedWeight
 from kernels.e8p_matmul.kernel import e8p_matmul
 from kernels.e8p_matmul.reference import E8PWeight
 from kernels.group_mask.kernel import group_mask
@@ -83,6 +85,19 @@ def e8p(dtype: torch.dtype, *, rows: int, bits: int) -> None:
     second = {3: first.to(torch.uint8), 4: first}.get(bits)
     x = torch.zeros((rows, 4096), dtype=dtype, requires_grad=True)
     e8p_matmul(x, E8PWeight(first, second)).backward(torch.zeros((rows, 256), dtype=dtype))
+
+    dequant(torch.bfloat16, tokens=8, group_size=128, bits=3)
+    dequant(torch.float16, tokens=65, group_size=40, bits=4)
+    return 0
+
+
+def dequant(dtype: torch.dtype, *, tokens: int, group_size: int, bits: int) -> None:
+    qweight = torch.zeros((1024 * bits // 32, 256), dtype=torch.int32)
+    groups = -(-1024 // group_size)
+    qzeros = torch.zeros((groups, 256 * bits // 32), dtype=torch.int32)
+    scales, g_idx = torch.zeros((groups, 256), dtype=torch.float16), torch.zeros(1024, dtype=torch.int32)
+    weight = PackedWeight(qweight, qzeros, scales, g_idx, bits, group_size)
+    dequant_matmul(torch.zeros((tokens, 1024), dtype=dtype, requires_grad=True), weight).sum().backward()
 
 
 def sparse(dtype: torch.dtype, *, tokens: int, group_size: int, bits: int) -> None:

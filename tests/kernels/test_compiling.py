@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 KERNELS = (
+    "_add_parts_kernel",
     "_add_spans_kernel",
     "_backward_kernel",
     "_factor_kernel",
     "_forward_kernel",
     "_group_mask_kernel",
+    "_packed_gradient_kernel",
+    "_packed_kernel",
     "_plan_kernel",
     "_rows_kernel",
     "_scale_gradient_kernel",

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kernels.dequant_matmul import reference
+from kernels.dequant_matmul import kernel, reference
 from kernels.dequant_matmul.layout import BITS, pack_gptq, pack_zeros, unpack_gptq, unpack_zeros
 from kernels.dequant_matmul.operands import PackedWeight, packed_weight
+from kernels.registry import OPS, load
 from tests.kernels.device import DEVICE
+
+OP = OPS["dequant_matmul"]
+PATHS = (OP.reference, OP.kernel)
 
 VECTORS = {
     2: "e4e4e4e4 e4e4e4e4",
@@ -111,8 +115,11 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             packed_weight(*change)
-    with pytest.raises(ValueError, match="does not fit a packed weight of 64 inputs"):
-        reference.dequant_matmul(torch.zeros(2, 32, device=DEVICE), packed_weight(qweight, qzeros, scales, g_idx, bits))
+    for path in PATHS:
+        with pytest.raises(ValueError, match="does not fit a packed weight of 64 inputs"):
+            load(path)(torch.zeros(2, 32, device=DEVICE), packed_weight(qweight, qzeros, scales, g_idx, bits))
+    with pytest.raises(ValueError, match="float64 is not computed"):
+        kernel.dequant_matmul(torch.zeros(2, 64, dtype=torch.float64), random_case(32, 64, 32, 4).weight)
 
 
 def test_groups_in_order_are_told_from_others() -> None:
@@ -153,9 +160,68 @@ def test_the_twin_and_its_gradient_equal_the_dense_product(
     torch.testing.assert_close(x.grad.double(), dy.double() @ case.dense, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", OP.shapes)
+def test_kernel_and_twin_agree_with_the_dense_product_forward_and_backward(shape: tuple[int, ...]) -> None:
+    tokens, outputs, inputs, group_size, bits = shape
+    check_against_dense(random_case(outputs, inputs, group_size, bits), tokens, "float32")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_groups_in_any_order_are_gathered(bits: int) -> None:
+    check_against_dense(random_case(32, 96, 32, bits, shuffled=True), 3, "float32")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [name for name in OP.tolerances if name != "float32"])
+@pytest.mark.parametrize(("group_size", "shuffled"), [(32, False), (64, False), (128, False), (40, False), (32, True)])
+def test_half_input_gives_half_output_with_sums_in_fp32(dtype: str, bits: int, group_size: int, shuffled: bool) -> None:
+    check_against_dense(random_case(32, 160, group_size, bits, shuffled=shuffled), 3, dtype)
+
+
+def check_against_dense(case: Case, tokens: int, dtype: str) -> None:
+    """The product and the gradient of x, by both codes."""
+    generator = torch.Generator().manual_seed(1)
+    x, dy = (
+        torch.randn((tokens, width), generator=generator).to(getattr(torch, dtype)).to(DEVICE)
+        for width in (case.weight.inputs, case.weight.outputs)
+    )
+    relative, absolute = OP.tolerances[dtype]
+    for path in PATHS:
+        own = x.clone().requires_grad_()
+        y = load(path)(own, case.weight)
+        y.backward(dy)
+        assert own.grad is not None
+        assert (y.dtype, own.grad.dtype) == (x.dtype, x.dtype)
+        for found, expected in ((y, x.double() @ case.dense.T), (own.grad, dy.double() @ case.dense)):
+            torch.testing.assert_close(found.double(), expected, rtol=relative, atol=10 * absolute)
+
+
+@pytest.mark.parametrize("few", [16, 0])
+def test_more_tokens_and_more_inputs_than_a_tile_hold_take_other_paths(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "SPAN", 128)
+    monkeypatch.setattr(kernel, "FEW_TOKENS", few)
+    case = random_case(32, 288, 64, 4)
+    x = torch.randn((1, 2, 3, 288), generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+    y = kernel.dequant_matmul(x, case.weight)
+    assert y.shape == (1, 2, 3, 32)
+    torch.testing.assert_close(y.double(), x.double() @ case.dense.T, rtol=2e-3, atol=2e-2)
+    assert torch.equal(y, kernel.dequant_matmul(x, case.weight))
+
+
+def test_a_common_part_of_x_does_not_drown_the_rest() -> None:
+    # What zeros take is taken off afterwards: it must not be so much that fp32 keeps nothing of what is left.
+    case = random_case(32, 64, 64, 2)
+    x = torch.full((1, 64), 100.0, dtype=torch.float16, device=DEVICE)
+    x[0, 1::2] += 0.125
+    y = kernel.dequant_matmul(x, case.weight)
+    torch.testing.assert_close(y.double(), x.double() @ case.dense.T, rtol=2e-3, atol=2e-2)
+
+
 def test_the_twin_passes_gradcheck_in_double_twice() -> None:
     case = random_case(32, 32, 16, 3)
-    x = torch.randn((2, 32), dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    x = torch.randn((1, 32), dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
     def squared(x: torch.Tensor) -> torch.Tensor:
         return reference.dequant_matmul(x, case.weight) ** 2
@@ -167,18 +233,18 @@ def test_the_twin_passes_gradcheck_in_double_twice() -> None:
 def test_a_layer_keeps_no_dense_weight_for_backward() -> None:
     case, kept = random_case(64, 96, 32, 2), []
     x = torch.randn(5, 96, device=DEVICE, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda t: t):
-        y = reference.dequant_matmul(x, case.weight)
-    y.sum().backward()
+    for path in PATHS:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda t: t):
+            y = load(path)(x, case.weight)
+        y.sum().backward()
     assert kept == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_input_gives_half_output_with_sums_in_fp32(dtype: torch.dtype) -> None:
+def test_no_rows_one_row_and_strided_rows() -> None:
     case = random_case(32, 64, 32, 4)
-    x = torch.randn((3, 64), generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
-    y = reference.dequant_matmul(x, case.weight)
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.double(), x.double() @ case.dense.T, rtol=1e-2, atol=1e-2)
-    assert reference.dequant_matmul(x[:0], case.weight).shape == (0, 32)
-    assert reference.dequant_matmul(x[0], case.weight).shape == (32,)
+    x = torch.randn((6, 128), generator=torch.Generator().manual_seed(1)).to(DEVICE)[::2, ::2]
+    for path in PATHS:
+        product = load(path)
+        torch.testing.assert_close(product(x, case.weight).double(), x.double() @ case.dense.T, rtol=1e-5, atol=1e-5)
+        assert product(x[:0], case.weight).shape == (0, 32)
+        assert product(x[0], case.weight).shape == (32,)
