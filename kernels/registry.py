@@ -33,6 +33,13 @@ OPS: dict[str, Op] = {
         shapes=((1, 1, 32), (3, 7, 33), (5, 1, 65), (17, 65, 63), (20, 96, 160)),
         tolerances={"float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (2e-2, 2e-2)},
     ),
+    "e8p_matmul": Op(
+        reference="kernels.e8p_matmul.reference:e8p_matmul",
+        kernel="kernels.e8p_matmul.kernel:e8p_matmul",
+        # (M, N, K, bits). One code word, a row that ends inside a tile, spans of one row, several blocks each way.
+        shapes=((1, 1, 8, 2), (3, 70, 88, 3), (17, 33, 72, 4), (5, 3, 264, 2), (20, 130, 40, 2)),
+        tolerances={"float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3), "bfloat16": (2e-2, 2e-2)},
+    ),
     "sign_pack": Op(
         reference="kernels.sign_pack.reference:sign_pack_rows",
         kernel="kernels.sign_pack.kernel:sign_pack_rows",

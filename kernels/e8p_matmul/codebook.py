@@ -16,6 +16,7 @@ Tables are built with numpy, whose small operations start no threads, and are ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -67,6 +68,17 @@ def packed_patterns() -> torch.Tensor:
 
 
 @cache
+def packed_signs() -> torch.Tensor:
+    """``(256,)`` int32, by sign byte: what turns a packed entry into the nibbles ``2 v + 7.5`` of the point itself.
+
+    XOR with 14 negates a nibble, all of which are odd, and XOR with 1 takes 1 from it, for the shift -1/4.
+    """
+    mask, parity = _signs()
+    nibbles = (14 * mask ^ parity[:, None]) << 4 * np.array(PLACES)
+    return torch.from_numpy(nibbles.sum(1).astype(np.uint32).view(np.int32))
+
+
+@cache
 def packed_second_stage() -> torch.Tensor:
     """``(256,)`` int32: the packed entries of the second stage by code."""
     return _packed(second_stage())
@@ -75,9 +87,7 @@ def packed_second_stage() -> torch.Tensor:
 @cache
 def quarters() -> torch.Tensor:
     """``(65536, 8)`` int8: four times each point of E8P, by code word."""
-    sign_byte = np.arange(256)
-    parity = np.bitwise_xor.reduce(sign_byte >> np.arange(8)[:, None] & 1)
-    mask = (sign_byte ^ parity)[:, None] >> np.array(PLACES) & 1
+    mask, parity = _signs()
     four = (4 * stored_patterns().numpy()).astype(np.int8)
     signs, shift = (1 - 2 * mask).astype(np.int8), (1 - 2 * parity).astype(np.int8)
     return torch.from_numpy((four[:, None] * signs + shift[:, None]).reshape(-1, 8))
@@ -89,14 +99,34 @@ def second_quarters() -> torch.Tensor:
     return (4 * second_stage()).to(torch.int8)
 
 
+def quarters_of(codes: torch.Tensor) -> torch.Tensor:
+    """Code words of any shape, in any integer dtype of which the low 16 bits count -> four times their points, int8
+    ``(..., 8)``, on the device of the codes."""
+    index = codes.view(torch.uint16).to(torch.int32) if codes.dtype == torch.int16 else codes.to(torch.int32) & 0xFFFF
+    return _eights(quarters, codes.device).index_select(0, index.flatten()).view(torch.int8).reshape(*codes.shape, 8)
+
+
+def second_quarters_of(codes: torch.Tensor) -> torch.Tensor:
+    """The same for codes of the 3-bit second stage, of which the low 8 bits count."""
+    index = codes.to(torch.int32) & 0xFF
+    table = _eights(second_quarters, codes.device)
+    return table.index_select(0, index.flatten()).view(torch.int8).reshape(*codes.shape, 8)
+
+
 def decode(codes: torch.Tensor) -> torch.Tensor:
-    """Code words of any shape, in any integer dtype of which the low 16 bits count -> points ``(..., 8)`` float32."""
-    return _rows(quarters(), codes).to(torch.float32).mul_(0.25)
+    """Code words, as :func:`quarters_of` takes them -> points ``(..., 8)`` float32."""
+    return quarters_of(codes).to(torch.float32).mul_(0.25)
 
 
 def decode_second_stage(codes: torch.Tensor) -> torch.Tensor:
-    """Codes of the 3-bit second stage, of which the low 8 bits count -> points ``(..., 8)`` float32."""
-    return _rows(second_quarters(), codes).to(torch.float32).mul_(0.25)
+    """Codes of the 3-bit second stage -> points ``(..., 8)`` float32."""
+    return second_quarters_of(codes).to(torch.float32).mul_(0.25)
+
+
+@cache
+def _eights(table: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """``table() (n, 8)`` int8 as ``(n,)`` int64 on a device: a point is gathered as one word."""
+    return table().view(torch.int64).flatten().to(device)
 
 
 def _lexicographic(levels: int) -> np.ndarray:
@@ -104,13 +134,13 @@ def _lexicographic(levels: int) -> np.ndarray:
     return np.arange(levels**8)[:, None] // levels ** np.arange(7, -1, -1) % levels
 
 
+def _signs() -> tuple[np.ndarray, np.ndarray]:
+    """By sign byte, whether each coordinate is negated ``(256, 8)``, and the parity ``(256,)``."""
+    sign_byte = np.arange(256)
+    parity = np.bitwise_xor.reduce(sign_byte >> np.arange(8)[:, None] & 1)
+    return (sign_byte ^ parity)[:, None] >> np.array(PLACES) & 1, parity
+
+
 def _packed(points: torch.Tensor) -> torch.Tensor:
     nibbles = (2 * points.numpy() + 8).astype(np.int64) << 4 * np.array(PLACES)
     return torch.from_numpy(nibbles.sum(1).astype(np.uint32).view(np.int32))
-
-
-def _rows(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """``table (n, 8)`` int8, n = 256 or 65536 -> its rows ``(..., 8)`` at the low bits of ``codes``, a word each."""
-    words = table.view(torch.int64).flatten().to(codes.device)
-    index = codes.to(torch.int32) & len(table) - 1
-    return words.index_select(0, index.flatten()).view(torch.int8).reshape(*codes.shape, 8)

@@ -13,6 +13,8 @@ Runs the kernel tests on the device first (no time is reported on a red gate) an
   is what the bytes allow. Each round uses other weights, so that no cache answers for the memory.
 - *sparse_delta_matmul*: time of base and delta in one call over that of the base alone by cuBLAS, and the share of the
   delta's dense bf16 form that its codes occupy.
+- *e8p_matmul, one row*: bytes of the code words, of x and of y over the time of a call, as a share of the copy
+  bandwidth; and the time of the same product of a bf16 matrix by cuBLAS over it. Each round reads other codes.
 - *relative error*: norm of the difference from a product in float64, over its norm.
 """
 
@@ -30,6 +32,8 @@ import torch
 
 from kernels.binary_matmul.kernel import binary_matmul
 from kernels.binary_matmul.operands import Segments, segments_of
+from kernels.e8p_matmul.kernel import e8p_matmul
+from kernels.e8p_matmul.reference import E8PWeight, decode_matrix
 from kernels.group_mask.reference import kept_per_row
 from kernels.packing import code_words, unpack_signs, words_for
 from kernels.sign_pack.kernel import sign_pack_rows
@@ -41,6 +45,11 @@ PROJECT = Path(__file__).parents[2]
 COPY_BYTES = 1 << 30
 SIGN_PACK_SHARE = 0.8
 ROOFLINE_SHARE = 0.7
+E8P_SHARE = 0.6
+E8P_BYTES = 1 << 30
+"""Code words held at once, for the same reason as :data:`RESIDENT_BYTES`."""
+E8P_SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192))
+"""Outputs and inputs: an attention matrix and a feed-forward one of a model of 8 billion weights, and one of 70."""
 RELATIVE_ERROR = 1e-2
 WARM_UP = 5
 RESIDENT_BYTES = 8 << 30
@@ -64,6 +73,9 @@ def main() -> int:
         passed.append(bench_sign_pack(size, args.rounds, copied))
         passed += [bench_binary_matmul(size, batch, args.rounds) for batch in args.batches]
         passed += bench_sparse_delta_matmul(size, args.rounds)
+    for outputs, inputs in E8P_SHAPES:
+        for bits in (2, 3, 4):
+            passed += bench_e8p_matmul(outputs, inputs, bits, args.rounds, copied)
     return 0 if all(passed) else 1
 
 
@@ -188,6 +200,35 @@ def bench_sparse_delta_matmul(size: int, rounds: int) -> list[bool]:
             )
         )
     return passed
+
+
+def bench_e8p_matmul(outputs: int, inputs: int, bits: int, rounds: int, copied: float) -> list[bool]:
+    """One row, then the error of the same call, then 16 rows beside cuBLAS."""
+    name, size = f"e8p_matmul, {outputs} x {inputs}, {bits} bits", outputs * inputs * bits // 8
+    weights = [e8p_weight(outputs, inputs, bits) for _ in range(max(2, min(128, E8P_BYTES // size)))]
+    bases = [random(outputs, inputs) for _ in range(4)]
+    passed = []
+    for rows in (1, 16):
+        x = random(rows, inputs)
+        taken = seconds([captured(partial(e8p_matmul, x, weight)) for weight in weights], rounds)
+        dense = seconds([captured(partial(torch.nn.functional.linear, x, base)) for base in bases], rounds)
+        record(f"{name}, {rows} rows: over bf16 by cuBLAS", dense / taken, "times")
+        if rows == 1:
+            share = (size + 2 * (inputs + outputs)) / taken / copied
+            passed.append(record(f"{name}, one row: share of copy bandwidth", share, "ratio", E8P_SHARE, least=True))
+        expected = x.double() @ decode_matrix(weights[0], torch.float64).T
+        found = error(e8p_matmul(x, weights[0]).double(), expected)
+        passed.append(record(f"{name}, {rows} rows: relative error", found, "ratio", RELATIVE_ERROR))
+    return passed
+
+
+def e8p_weight(outputs: int, inputs: int, bits: int) -> E8PWeight:
+    """Random code words, which meet in the tables' banks no less often than those of a model."""
+    first, second = (
+        torch.randint(-(1 << 15), 1 << 15, (outputs, inputs // 8), device="cuda").to(torch.int16) for _ in range(2)
+    )
+    planes = {2: None, 3: second.to(torch.uint8), 4: second}
+    return E8PWeight(first, planes[bits], {2: 1.0, 3: 2.04, 4: 3.45}[bits], 0.01)
 
 
 def random(*shape: int) -> torch.Tensor:

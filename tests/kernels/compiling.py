@@ -18,6 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from kernels.binary_matmul.kernel import binary_matmul
 from kernels.binary_matmul.operands import segments_of
+from kernels.e8p_matmul.kernel import e8p_matmul
+from kernels.e8p_matmul.reference import E8PWeight
 from kernels.group_mask.kernel import group_mask
 from kernels.group_mask.reference import kept_per_row
 from kernels.hadamard.factors import plan
@@ -70,7 +72,17 @@ def main() -> int:
     binary(torch.bfloat16, tokens=65, rows=256, group_size=64, invariant=False)
     hadamard(torch.zeros((9, 4096), dtype=torch.bfloat16), plan(4096), torch.ones(4096))
     hadamard(torch.zeros((9, 14336)), plan(14336), torch.ones(14336), transpose=True)
+    for bits in (2, 3, 4):
+        e8p(torch.float16, rows=1, bits=bits)
+        e8p(torch.bfloat16, rows=65, bits=bits)
     return 0
+
+
+def e8p(dtype: torch.dtype, *, rows: int, bits: int) -> None:
+    first = torch.zeros((256, 4096 // 8), dtype=torch.int16)
+    second = {3: first.to(torch.uint8), 4: first}.get(bits)
+    x = torch.zeros((rows, 4096), dtype=dtype, requires_grad=True)
+    e8p_matmul(x, E8PWeight(first, second)).backward(torch.zeros((rows, 256), dtype=dtype))
 
 
 def sparse(dtype: torch.dtype, *, tokens: int, group_size: int, bits: int) -> None:
