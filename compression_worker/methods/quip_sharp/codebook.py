@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from compression_worker.making.threads import one_thread_per_operation
 from compression_worker.methods.quip_sharp.kinds import bits_of_signs, ternary, words_by_number
 from compression_worker.methods.quip_sharp.nearest import nearest
 from kernels.e8p_matmul.codebook import decode, decode_second_stage, second_stage
@@ -67,22 +68,26 @@ def second_nearest(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tens
     """``x (n, 8)`` float32 -> codes ``(n,)`` int32 and points ``(n, 8)`` of the second stage of ``bits`` a weight."""
     if bits == 4:
         return nearest(x)
-    codes = torch.cat([_of_256(part) for part in x.split(TILE)]) if len(x) else x.new_empty(0, dtype=torch.int32)
+    codes = torch.empty(len(x), dtype=torch.int32, device=x.device)
+    with one_thread_per_operation():
+        for start in range(0, len(x), TILE):
+            codes[start : start + TILE] = _of_256(x[start : start + TILE])
     return codes, decode_second_stage(codes)
 
 
 def _of_256(x: torch.Tensor) -> torch.Tensor:
     """The lowest code of the second stage's points with the largest ``p . x - |p|^2 / 2``."""
-    points, offset, code = _scoring(x.device)
-    scores = torch.addmm(offset, points, x.T)
-    return torch.where(scores == scores.amax(0), code, 255.0).amin(0).to(torch.int32)
+    offset, points = _scoring(x.device)
+    scores = torch.addmm(offset, x, points)
+    # On a CPU by numpy, which looks at eight at a time.
+    return torch.from_numpy(scores.numpy().argmax(1)) if scores.device.type == "cpu" else scores.argmax(1)
 
 
 @cache
 def _scoring(device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Minus half the squared norm of each point ``(256,)``, and the points ``(8, 256)``."""
     points = second_stage().to(device)
-    code = torch.arange(256.0, device=device)
-    return points, -points.square().sum(1, keepdim=True) / 2, code[:, None]
+    return -points.square().sum(1) / 2, points.T.contiguous()
 
 
 def _best_first_stage(x: torch.Tensor, codes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,7 @@ def _tile(x: torch.Tensor) -> torch.Tensor:
 
 
 @cache
+@torch.inference_mode(False)
 def _tables(device: torch.device) -> tuple[torch.Tensor, ...]:
     """The shifts ``(2, 1, 1)``; candidates with their half norms and a one ``(10, 1366)``, and their patterns
     ``(1366,)``; stored patterns ``(256, 8)``; the signs of each sign byte ``(8, 256)``, and where its shift is -1/4."""

@@ -94,18 +94,21 @@ def scores_of(parts: torch.Tensor, tables: Tables) -> tuple[torch.Tensor, torch.
     return scores[:16], scores[16]
 
 
-def best_of(scores: torch.Tensor, choice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``scores (m, n)``, which are used up -> the best ``(n,)``, by how much it is (0 among equals), and its column of
+def best_of(scores: torch.Tensor, choice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``scores (m, n)``, whose best are lost -> by how much the best is it ``(n,)``, 0 among equals, and its column of
     ``choice (k, m)``, whose last row is 1; among equals the sum of theirs."""
     best = scores.amax(0)
     is_best = scores == best
     chosen = choice @ is_best.to(scores.dtype)
     margin = best - scores.masked_fill_(is_best, -torch.inf).amax(0)
-    return best, margin.mul_(chosen[-1] == 1), chosen
+    return margin.mul_(chosen[-1] == 1), chosen
 
 
 def least_gap(parts: torch.Tensor) -> torch.Tensor:
-    """The least difference of two neighbours among ``v_1 .. v_8, 0``, which say where entries stand and signs."""
+    """The least difference of two neighbours among ``v_1 .. v_8, 0``, which say where entries stand and signs.
+
+    Where it is not zero they are right: rounding ``x - d`` may make two of them equal, but never turns them round.
+    """
     return torch.minimum((parts[:, :7] - parts[:, 1:8]).amin((0, 1)), parts[:, 7].amin(0))
 
 
@@ -120,10 +123,11 @@ def words_of(x: torch.Tensor, parts: torch.Tensor, chosen: torch.Tensor, tables:
     torch.gt(u.abs(), limits[:, None], out=above[:3])
     torch.lt(u, 0, out=above[3])
     number, others, signs = (tables.packing @ above.view(32, n).to(x.dtype)).to(torch.int32)
-    return tables.words[number.clamp_(max=len(tables.words) - 1)] ^ others ^ signs ^ (chosen[3] < 0)
+    return tables.words[number] ^ others ^ signs ^ (chosen[3] < 0)
 
 
 @cache
+@torch.inference_mode(False)
 def tables_for(device: torch.device) -> Tables:
     """In double on a GPU, where the precision of single products is a setting of the process."""
     dtype = torch.float32 if device.type == "cpu" else torch.float64

@@ -13,9 +13,11 @@ from functools import cache
 
 import torch
 
+from compression_worker.making.threads import one_thread_per_operation
 from compression_worker.methods.quip_sharp.exhaustive import exhaustive
 from compression_worker.methods.quip_sharp.kinds import (
     FIVES,
+    PARTS,
     Tables,
     best_of,
     bits_of_signs,
@@ -29,8 +31,8 @@ from compression_worker.methods.quip_sharp.kinds import (
 )
 from kernels.e8p_matmul.codebook import decode, patterns
 
-TILE = {"cpu": 2048, "cuda": 1 << 18}
-"""Vectors searched together: on a CPU their intermediates stay in its second-level cache."""
+TILE = {"cpu": 8192, "cuda": 1 << 18}
+"""Vectors searched together: on a CPU their intermediates, about a kilobyte each, stay in its caches."""
 
 
 def nearest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,8 +42,9 @@ def nearest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     codes = torch.empty(len(x), dtype=torch.int32, device=x.device)
     size = TILE[x.device.type]
-    for start in range(0, len(x), size):
-        _search(x[start : start + size], codes[start : start + size])
+    with one_thread_per_operation():
+        for start in range(0, len(x), size):
+            _search(x[start : start + size], codes[start : start + size])
     return codes, decode(codes)
 
 
@@ -51,14 +54,14 @@ def _search(x: torch.Tensor, codes: torch.Tensor) -> None:
     columns = x.T.to(tables.scoring.dtype, memory_format=torch.contiguous_format, copy=True)
     parts = parts_of(columns, tables)
     scores, rounding = scores_of(parts, tables)
-    _, margin, chosen = best_of(scores, tables.choice)
-    sure = torch.minimum(margin, least_gap(parts)) > rounding
+    margin, chosen = best_of(scores, tables.choice)
     codes.copy_(words_of(columns, parts, chosen, tables))
+    sure = (margin > rounding) & (least_gap(parts) > 0)
     outside = (sure & (codes < 0)).nonzero()[:, 0]
     if len(outside):
-        codes[outside], sure[outside] = _with_listed_fives(
-            columns[:, outside], parts[:, :, outside], scores[:, outside], rounding[outside], tables
-        )
+        found, margin = _with_listed_fives(columns[:, outside], parts[:, :, outside], scores[:, outside], tables)
+        codes[outside] = found
+        sure[outside] = margin > rounding[outside]
     unsure = (~sure).nonzero()[:, 0]
     if len(unsure):
         rest = x[unsure]
@@ -68,30 +71,26 @@ def _search(x: torch.Tensor, codes: torch.Tensor) -> None:
 
 
 def _with_listed_fives(
-    x: torch.Tensor, parts: torch.Tensor, scores: torch.Tensor, rounding: torch.Tensor, tables: Tables
+    x: torch.Tensor, parts: torch.Tensor, scores: torch.Tensor, tables: Tables
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Code words of the best of the seven kinds and the 29 listed patterns of the eighth; and whether they are sure."""
-    scores[[FIVES, 8 + FIVES]] = -torch.inf
-    best, margin, chosen = best_of(scores, tables.choice)
-    words = words_of(x, parts, chosen, tables)
-    candidates, choice, bits = _listed(x.device)
-    u = x - tables.shift[:, None]
+    """The best of the seven kinds and of the 29 listed patterns of the eighth: code words, and by how much."""
+    candidates, choice = _listed(x.device)
     odd = parts[:, 8:9] > 0
-    rows = torch.cat([u.abs(), odd, ~odd, parts[:, 10:]], dim=1)
-    best_five, margin_five, five = best_of((candidates @ rows).view(-1, x.shape[1]), choice)
-    signs = bits @ (x - five[1] < 0).to(bits.dtype)
-    words_five = five[0].to(torch.int32) ^ signs.to(torch.int32)
-    wins = best_five > best
-    margin = torch.minimum(torch.where(wins, margin_five, margin), (best_five - best).abs())
-    return torch.where(wins, words_five, words), margin > rounding
+    rows = torch.cat([(x - tables.shift[:, None]).abs(), odd, ~odd, parts[:, 10:]], dim=1)
+    listed = (candidates @ rows).view(-1, x.shape[1])
+    scores.view(2, 8, -1)[:, FIVES] = -torch.inf
+    margin, chosen = best_of(torch.cat([scores, listed]), choice)
+    return words_of(x, parts, chosen, tables) ^ chosen[4].to(torch.int32), margin
 
 
 @cache
-def _listed(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the 29 patterns as they are, and with each of their entries of 1/2 turned: how they are scored ``(116, 12)``
-    from ``|u|``, whether the negatives of u are odd in number, or even, 1, and d sum(x); and of these and each shift
-    the code word of the point for positive u, the shift, and 1 ``(3, 232)``. Then the bit of each sign ``(8,)``."""
-    dtype = tables_for(device).scoring.dtype
+@torch.inference_mode(False)
+def _listed(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 29 patterns as they are, and with each of their entries of 1/2 turned: how they are scored ``(116, 12)`` from
+    ``|u|``, whether the negatives of u are odd in number, or even, 1, and d sum(x). And as :attr:`Tables.choice`, for
+    all kinds and then for these ``(6, 248)``, with a row before the last: what is XORed to the word that has no large
+    and no turned entry."""
+    tables = tables_for(device)
     fives = patterns()[227:]
     turned, entry = (fives == 0.5).nonzero().T
     points = torch.cat([fives, fives[turned].scatter_(1, entry[:, None], -0.5)])
@@ -101,7 +100,10 @@ def _listed(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     scoring[:29, 9] = scoring[29:, 8] = -1e30
     words = words_by_number()[((points.abs() - 0.5) @ ternary()).to(torch.int64)]
     words = words ^ ((points < 0).float() @ bits_of_signs()).to(torch.int32)
-    choice = torch.ones(3, 2, len(points))
-    choice[0] = torch.stack([words, words ^ 1])
-    choice[1] = torch.tensor([[0.25], [-0.25]])
-    return scoring.to(device, dtype), choice.view(3, -1).to(device, dtype), bits_of_signs().to(device, dtype)
+    own = torch.zeros(6, 2, len(points))
+    own[3] = tables.shift.cpu()
+    own[:3, 1] = PARTS
+    own[4] = words ^ tables.words[0].cpu()
+    own[5] = 1
+    kinds = torch.cat([tables.choice[:4], torch.zeros_like(tables.choice[:1]), tables.choice[4:]])
+    return scoring.to(tables.scoring), torch.cat([kinds, own.view(6, -1).to(kinds)], dim=1)
