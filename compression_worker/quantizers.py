@@ -1,6 +1,6 @@
 """Lets transformers load our artifacts by ``from_pretrained``: formats that are registered when transformers comes.
 
-Registering needs transformers, which needs torch, and a process may import this package to stay without both. So
+Registering needs transformers, which needs torch, and the web process imports this package and stays without both. So
 nothing is imported here: where transformers' table of quantizers is there already, the formats are entered at once;
 otherwise one finder waits for that module, lets Python import it as ever, enters the formats and is gone.
 """

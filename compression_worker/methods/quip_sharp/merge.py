@@ -22,9 +22,10 @@ from compression_worker.methods.quip_sharp.layout import (
     SIGNS_OUT,
     key,
 )
-from compression_worker.methods.quip_sharp.quantize import points, unscaled
+from compression_worker.methods.quip_sharp.quantize import code_words, unscaled
 from compression_worker.methods.quip_sharp.rotation import WORD, Rotation
 from compression_worker.tensors import TensorFile, TensorFiles
+from kernels.e8p_matmul.reference import decode_matrix
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class StoredStack:
 
     def turned(self) -> torch.Tensor:
         """``M (N, K)`` in fp32, in units of the codebook."""
-        return self.rotation.back(points(self.planes, self.bits))
+        return self.rotation.back(decode_matrix(code_words(self.planes, self.bits)))
 
     def row_scales(self) -> torch.Tensor:
         """``scale_i`` of each row, ``(N,)``."""

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from compression_worker.methods.quip_sharp.codebook import RESIDUAL_SCALE
 from compression_worker.methods.quip_sharp.merge import StoredStack
-from kernels.e8p_matmul.reference import E8PWeight
+from compression_worker.methods.quip_sharp.quantize import code_words
 from kernels.registry import choose
 
 
@@ -37,8 +36,8 @@ class StackProduct(torch.nn.Module):
         transform = choose("hadamard", x.device.type)
         wide = torch.nn.functional.pad(x, (0, self._rotation.input_plan.n - self._rotation.inputs))
         turned = transform(wide.to(torch.float32), self._rotation.input_plan, self.signs_in)
-        weight = E8PWeight(self.first, self.second, RESIDUAL_SCALE.get(self._bits, 1.0))
-        product = choose("e8p_matmul", x.device.type)(turned.to(x.dtype).flatten(0, -2), weight)
+        words = code_words((self.first, self.second), self._bits)
+        product = choose("e8p_matmul", x.device.type)(turned.to(x.dtype).flatten(0, -2), words)
         back = transform(product.to(torch.float32), self._rotation.output_plan, None, True)
         y = back[:, : self._rotation.outputs] * self.scales_out
         return y.to(x.dtype).view(*x.shape[:-1], -1)

@@ -34,6 +34,8 @@ class Hollow(torch.nn.Module):
     def __init__(self, linear: Any) -> None:
         super().__init__()
         self.bias = linear.bias
+        # No parameter: some models draw the first values of their linears by name.
+        self.weight = torch.empty(0)
         # In a tuple it is no child: its weight is not looked for in the files.
         self.stands_for = (linear,)
 
@@ -60,9 +62,10 @@ class QuipSharpQuantizer(HfQuantizer):
             raise ValueError("a QuIP# artifact is loaded from its folder")
         artifact = Artifact.open_folder(Path(checkpoint_files[0]).parent)
         artifact.require_whole()
-        self._made = LatticeTensors(artifact)
-        self._names = packable(self._made)
-        self._stacks = _stacks(self._made)
+        with torch.device("cpu"):  # around it, everything new is on the meta device
+            self._made = LatticeTensors(artifact)
+            self._names = packable(self._made)
+            self._stacks = _stacks(self._made)
         for path, linear in _owners(model, self._names.values()).items():
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, Hollow(linear))
@@ -81,8 +84,8 @@ class QuipSharpQuantizer(HfQuantizer):
                 pack(model, made, self._names)
                 model.to(model.device)
                 return
-            paths = dict(zip(self._names, _owners(model, self._names.values()), strict=True))
-            for name, path in paths.items():
+            paths = _owners(model, self._names.values())
+            for name, path in zip(self._names, paths, strict=True):
                 hollow = model.get_submodule(path)
                 (linear,) = hollow.stands_for
                 weight = made.tensor(name, linear.weight.dtype).to(model.device)

@@ -17,7 +17,7 @@ from compression_worker.methods.quip_sharp.codebook import RESIDUAL_SCALE, E8PRo
 from compression_worker.methods.quip_sharp.config import QuipSharpConfig
 from compression_worker.methods.quip_sharp.rotation import WORD, Rotation
 from compression_worker.quantization.rounding import factor, ldlq, proxy_loss
-from kernels.e8p_matmul.codebook import decode, decode_second_stage
+from kernels.e8p_matmul.reference import E8PWeight
 
 
 class Lattice:
@@ -94,14 +94,9 @@ def unscaled(turned: torch.Tensor, s_in: torch.Tensor, s_out: torch.Tensor) -> t
     return turned * s_in * s_out[:, None]
 
 
-def points(planes: Sequence[torch.Tensor], bits: int) -> torch.Tensor:
-    """Code words ``(N', K'/8)`` of each plane -> ``Wt_hat (N', K')`` in units of the codebook."""
-    values = decode(planes[0])
-    if bits == 3:
-        values += decode_second_stage(planes[1]).div_(RESIDUAL_SCALE[3])
-    elif bits == 4:
-        values += decode(planes[1]).div_(RESIDUAL_SCALE[4])
-    return values.flatten(-2)
+def code_words(planes: Sequence[torch.Tensor], bits: int) -> E8PWeight:
+    """Planes ``(N', K'/8)`` as the product takes them: ``Wt_hat (N', K')`` in units of the codebook."""
+    return E8PWeight(planes[0], planes[1] if bits > 2 else None, RESIDUAL_SCALE.get(bits, 1.0))
 
 
 def _piece(weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tensor) -> Piece:

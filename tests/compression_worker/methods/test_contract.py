@@ -33,6 +33,7 @@ from tests.families import FAMILIES, edit_weights, make_family_pair
 SETTINGS: dict[str, tuple[Json, Json]] = {
     "bitdelta": ({"distill_steps": 0}, {"distill_steps": 2, "batch_size": 2, "sequence_length": 32}),
     "gptq": ({"samples": 4, "length": 32, "num_bits": 8}, {"samples": 4, "length": 32, "inputs": "full"}),
+    "quip_sharp": ({"samples": 4, "length": 32, "passes": 1}, {"samples": 4, "length": 32, "passes": 0, "num_bits": 3}),
 }
 """Method -> its cheapest settings, and settings with a little training."""
 TRAINED_FAMILIES = ("llama", "qwen2", "phi3", "gpt2", "mixtral")
