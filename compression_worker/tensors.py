@@ -117,6 +117,14 @@ class TensorFile:
             self.read_into(name, raw_bytes(tensor))
         return tensor
 
+    def rows(self, name: str, rows: range) -> torch.Tensor:
+        """Some rows of a matrix, in memory of their own."""
+        spec = self.entries[name].spec
+        tile = torch.empty((len(rows), *spec.shape[1:]), dtype=DTYPES[spec.dtype])
+        if tile.numel():
+            self.read_into(name, raw_bytes(tile), rows.start * (spec.size // spec.shape[0]))
+        return tile
+
     def row_tiles(self, name: str, rows: int, memory: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """A matrix, ``rows`` rows at a time, in a buffer used again for each (in ``memory``, uint8, if enough)."""
         spec = self.entries[name].spec

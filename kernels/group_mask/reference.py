@@ -5,9 +5,8 @@ group of ``size`` elements keeps the ``ceil(size / ratio)`` smallest, ties by th
 ``size / kept`` times itself, so that the expectation of the sum stays. A group that is a multiple of ``ratio`` keeps
 one element in ``ratio`` exactly.
 
-Keys come from Philox4x32-10 (Salmon and others, "Parallel random numbers: as easy as 1, 2, 3", SC 2011): key = low and
-high word of the 64-bit seed; counter = (block, group, row, tensor), the tensor being its index in the artifact; block j
-of a group yields the keys of its elements 4j .. 4j+3. Only whole numbers are in it, so every processor makes the same.
+Keys come from Philox4x32-10 (:mod:`.philox`): key = low and high word of the 64-bit seed; counter = (block, group, row,
+tensor), the tensor being its index in the artifact; block j of a group yields the keys of its elements 4j .. 4j+3.
 Group-wise dropout: DeltaDQ, arXiv 2410.08666; the exact count and this rule are our reading.
 """
 
@@ -16,13 +15,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from kernels.group_mask.philox import grid_words
+
 TILE_KEYS = 1 << 16
-"""Keys made at a time: their 64-bit temporaries stay in a core's second-level cache."""
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+"""Keys made at a time: their 64-bit words stay in a core's second-level cache, or nearly."""
 
 
 def keep_positions(seed: int, tensor: int, rows: range, inputs: int, group_size: int, ratio: int) -> np.ndarray:
@@ -70,22 +66,6 @@ def group_mask(
     return torch.from_numpy(mask).to(device)
 
 
-def philox(
-    counter: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], key: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Philox4x32-10 of four uint64 arrays that hold 32-bit words and broadcast; so do the four it returns."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        # Counters that depend on the row or the group alone stay small here until the third round mixes them.
-        c0 = (second >> _HALF) ^ (c1 ^ np.uint64(k0))
-        c2 = (first >> _HALF) ^ (c3 ^ np.uint64(k1))
-        c1, c3 = second & _LOW, first & _LOW
-        k0, k1 = (k0 + _INCREMENTS[0]) & 0xFFFFFFFF, (k1 + _INCREMENTS[1]) & 0xFFFFFFFF
-    return c0, c1, c2, c3
-
-
 def check_mask(seed: int, tensor: int, rows: range, inputs: int, group_size: int, ratio: int) -> None:
     """Refuse what no counter can hold."""
     if not 0 <= seed < 1 << 64:
@@ -100,23 +80,19 @@ def check_mask(seed: int, tensor: int, rows: range, inputs: int, group_size: int
 
 def _columns(seed: int, tensor: int, rows: np.ndarray, groups: np.ndarray, size: int, ratio: int) -> np.ndarray:
     """Columns kept in ``rows`` of ``groups`` of ``size``, counted from the first group: ``(rows, groups * kept)``."""
-    keys = _keys(seed, tensor, rows, groups, size)
-    kept = -(-size // ratio)
-    mask = _smallest(keys, kept).reshape(len(rows), -1)
+    mask = _smallest(_keys(seed, tensor, rows, groups, size), -(-size // ratio))
+    mask = np.ascontiguousarray(mask[:, :size]).reshape(len(rows), -1)
     columns = np.flatnonzero(mask).reshape(len(rows), -1)
     columns -= (np.arange(len(rows)) * mask.shape[1])[:, None]
     return columns
 
 
 def _keys(seed: int, tensor: int, rows: np.ndarray, groups: np.ndarray, size: int) -> np.ndarray:
-    """The keys of each group, uint32 ``(rows * groups, size)``."""
+    """The keys of each group, uint32 ``(rows * groups, size rounded up to 4)``; the largest there is past its end."""
     blocks = np.arange(-(-size // 4), dtype=np.uint64)
-    counter = (blocks, groups[:, None], rows[:, None, None], np.array(tensor, dtype=np.uint64))
-    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    keys = np.empty((len(rows), len(groups), len(blocks), 4), dtype=np.uint32)
-    for lane, word in enumerate(words):
-        keys[..., lane] = word
-    return np.ascontiguousarray(keys.reshape(len(rows) * len(groups), 4 * len(blocks))[:, :size])
+    keys = grid_words(blocks, groups, rows, tensor, (seed & 0xFFFFFFFF, seed >> 32)).reshape(-1, 4 * len(blocks))
+    keys[:, size:] = 0xFFFFFFFF
+    return keys
 
 
 def _smallest(keys: np.ndarray, kept: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels.group_mask.reference import philox
+from kernels.group_mask.philox import philox
 
 _SIGNS, _PHASES = 0x51617, 0x50A5E
 

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from kernels.group_mask import kernel
-from kernels.group_mask.reference import _smallest, group_mask, keep_factors, keep_positions, kept_per_row, philox
+from kernels.group_mask.philox import grid_words, philox
+from kernels.group_mask.reference import _smallest, group_mask, keep_factors, keep_positions, kept_per_row
 from kernels.registry import OPS
 from tests.kernels.device import DEVICE
 
@@ -31,6 +32,18 @@ SHAPES = [(3, 32, 16, 8), (5, 33, 16, 8), (2, 7, 16, 4), (4, 45, 10, 5), (3, 64,
 def test_the_generator_gives_the_published_words(counter: list[int], key: tuple[int, int], expected: str) -> None:
     c0, c1, c2, c3 = (np.array([word], dtype=np.uint64) for word in counter)
     assert " ".join(f"{int(word[0]):08x}" for word in philox((c0, c1, c2, c3), key)) == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 2), (1, 5, 3), (4, 2, 17)])
+@pytest.mark.parametrize("key", [(0, 0), (0xFFFFFFFF, 0xFFFFFFFF), (0x9ABCDEF0, 0x12345678)])
+def test_the_words_of_a_grid_are_those_of_its_counters(shape: tuple[int, int, int], key: tuple[int, int]) -> None:
+    rows, groups, blocks = (np.arange(2**32 - 7, 2**32 - 7 + count, dtype=np.uint64) & 0xFFFFFFFF for count in shape)
+    found = grid_words(blocks, groups, rows, 0xFFFFFFFE, key)
+    assert (found.dtype, found.shape) == (np.uint32, (*shape[:2], 4 * shape[2]))
+    counter = (*np.broadcast_arrays(blocks, groups[:, None], rows[:, None, None]), np.array(2**32 - 2, dtype=np.uint64))
+    words = philox(counter, key)
+    for lane, word in enumerate(words):
+        assert (found[..., lane::4] == word).all()
 
 
 def test_the_rule_gives_its_vectors() -> None:

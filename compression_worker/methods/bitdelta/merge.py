@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from compression_worker.contracts import CompressionError, Json
 from compression_worker.deltas.merged import Merged
 from compression_worker.making.loading import dense_model, pack_modules
 from compression_worker.making.table import sides_of
+from compression_worker.making.threads import ahead
 from compression_worker.methods.bitdelta.coding import Coding, decode
 from compression_worker.methods.bitdelta.layout import (
     FINE,
@@ -69,12 +70,12 @@ class MergedSigns(Merged):
 
     def _plain(self, name: str, entry: Json, base: TensorFile) -> Iterator[torch.Tensor]:
         packed, scale = self.codes(name), self.scale(name)
-        width = entry["shape"][1]
-        row = 0
-        for tile in base.row_tiles(name, _rows(width)):
-            signs = self._signs(entry, packed, row, len(tile), width)
-            yield tile.to(torch.float32).add_(signs.mul_(scale))
-            row += len(tile)
+
+        def merged(rows: range) -> torch.Tensor:
+            signs = self._signs(entry, packed, rows, entry["shape"][1])
+            return base.rows(name, rows).to(torch.float32).add_(signs.mul_(scale))
+
+        return ahead(merged, _tiles(entry["shape"]))
 
     def _finer(self, name: str, entry: Json, base: TensorFile, coding: Coding) -> Iterator[torch.Tensor]:
         outputs, inputs = sides_of(entry)
@@ -84,21 +85,21 @@ class MergedSigns(Merged):
         packed = self.codes(name).view(coding.masks, words_for(inputs), outputs)
         delta = decode(packed, self.scale(name), left, right, coding, inputs)
         delta = delta.T if entry.get("transposed") else delta
-        row = 0
-        for tile in base.row_tiles(name, _rows(entry["shape"][1])):
-            yield tile.to(torch.float32).add_(delta[row : row + len(tile)])
-            row += len(tile)
+        for rows in _tiles(entry["shape"]):
+            yield base.rows(name, rows).to(torch.float32).add_(delta[rows.start : rows.stop])
 
-    def _signs(self, entry: Json, packed: torch.Tensor, row: int, rows: int, width: int) -> torch.Tensor:
+    def _signs(self, entry: Json, packed: torch.Tensor, rows: range, width: int) -> torch.Tensor:
         if not entry.get("transposed"):
-            return unpack_signs(packed[:, row : row + rows], width)
-        words = packed[row // WORD_BITS : words_for(row + rows)]
-        return unpack_signs(words, rows).T.contiguous()
+            return unpack_signs(packed[:, rows.start : rows.stop], width)
+        words = packed[rows.start // WORD_BITS : words_for(rows.stop)]
+        return unpack_signs(words, len(rows)).T.contiguous()
 
 
-def _rows(width: int) -> int:
-    """Rows of a tile. Whole words of a transposed matrix lie along its rows, so its tiles end where words end."""
-    return max(1, TILE_ELEMENTS // width // WORD_BITS) * WORD_BITS
+def _tiles(shape: Sequence[int]) -> list[range]:
+    """The rows of each tile. Whole words of a transposed matrix lie along its rows: its tiles end where words end."""
+    height, width = shape
+    step = max(1, TILE_ELEMENTS // width // WORD_BITS) * WORD_BITS
+    return [range(start, min(start + step, height)) for start in range(0, height, step)]
 
 
 class PackedLinear(torch.nn.Module):

@@ -30,7 +30,7 @@ from compression_worker.making.threads import each, one_thread_per_operation
 from compression_worker.methods.deltadq import layout
 from compression_worker.methods.deltadq.config import UNQUANTIZED, DeltaDQConfig
 from compression_worker.methods.deltadq.merge import MergedSparse, load_model
-from compression_worker.methods.deltadq.quantize import Dropout, Survivors, delta_tiles, stored, survivors
+from compression_worker.methods.deltadq.quantize import Dropout, coded, squares, stored
 from compression_worker.methods.deltadq.search import group_sizes, search_step
 from compression_worker.tensors import ITEM_SIZES, Spec, TensorFiles
 
@@ -97,8 +97,8 @@ def layer_step(context: StepContext) -> StepOutput:
     lines: dict[str, Json] = {}
     tensors: dict[str, tuple[Spec, list[memoryview]]] = {}
     with open_pair(context, [linear.name for linear in linears]) as pair, one_thread_per_operation():
-        coded = each()(partial(_code, pair, config.num_bits), linears, dropouts)
-        for linear, dropout, (line, data) in zip(linears, dropouts, coded, strict=True):
+        made = each()(partial(_code, pair, config.num_bits), linears, dropouts)
+        for linear, dropout, (line, data) in zip(linears, dropouts, made, strict=True):
             lines[linear.name] = line | {"linear": asdict(linear), "place": dropout.tensor}
             tensors[linear.name] = Spec("U8", (len(data),)), [memoryview(data)]
             context.progress(len(lines), len(linears), "matrices")
@@ -205,11 +205,11 @@ def _extraction_steps(
 def _code(pair: tuple[TensorFiles, TensorFiles], bits: int, linear: Linear, dropout: Dropout) -> tuple[Json, bytes]:
     """What is recorded of a linear, and its codes as they are stored."""
     delta = whole_delta(linear, *pair)
-    energy = float(delta.square().sum(dtype=torch.float64))
+    energy = squares(delta)
     # A sum of finite numbers is finite here unless one of them is not.
     if not torch.tensor(energy).isfinite():
         raise CompressionError("not_finite", f"the delta of '{linear.name}' is not finite: base or variant is damaged")
-    made = survivors(delta, dropout, bits)
+    made, change = coded(delta, dropout, bits)
     coding, data = stored(made, bits)
     line = {
         "alpha": dropout.alpha,
@@ -220,19 +220,10 @@ def _code(pair: tuple[TensorFiles, TensorFiles], bits: int, linear: Linear, drop
         "sha256": sha256(data),
         "scale": made.grid.scale,
         "zero": made.grid.zero,
-        "error": _error(delta, made, dropout, linear.inputs),
+        "error": energy + change,
         "energy": energy,
     }
     return line, data
-
-
-def _error(delta: torch.Tensor, made: Survivors, dropout: Dropout, inputs: int) -> float:
-    """``|D - D_hat|^2``."""
-    total, row = 0.0, 0
-    for tile in delta_tiles(made.codes, made.grid, dropout, inputs):
-        total += float(tile.sub_(delta[row : row + len(tile)]).square_().sum(dtype=torch.float64))
-        row += len(tile)
-    return total
 
 
 def _figures(

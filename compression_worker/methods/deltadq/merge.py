@@ -12,8 +12,9 @@ from compression_worker.contracts import Json
 from compression_worker.deltas.merged import Merged
 from compression_worker.making.loading import dense_model
 from compression_worker.making.table import sides_of
+from compression_worker.making.threads import ahead
 from compression_worker.methods.deltadq.layout import GRIDS_FILE, LAYOUT, SCALES, ZEROS
-from compression_worker.methods.deltadq.quantize import Dropout, Grid, delta_tiles, loaded
+from compression_worker.methods.deltadq.quantize import Dropout, Grid, delta_rows, delta_tiles, loaded, row_tiles
 from compression_worker.tensors import TensorFile
 
 
@@ -49,13 +50,14 @@ class MergedSparse(Merged):
     def tiles(self, name: str, entry: Json, base: TensorFile) -> Iterator[torch.Tensor]:
         """``W_b + D_hat`` in fp32, some rows at a time; a transposed matrix is made whole."""
         if entry.get("transposed"):
-            yield base.tensor(name).to(torch.float32).add_(torch.cat(list(self.delta(name))).T)
-            return
-        row = 0
-        whole = base.tensor(name)
-        for tile in self.delta(name):
-            yield whole[row : row + len(tile)].to(torch.float32).add_(tile)
-            row += len(tile)
+            return iter([base.tensor(name).to(torch.float32).add_(torch.cat(list(self.delta(name))).T)])
+        outputs, inputs = entry["shape"]
+        made = self.codes(name), self.grid(name), self.dropout(name), inputs
+
+        def merged(rows: range) -> torch.Tensor:
+            return base.rows(name, rows).to(torch.float32).add_(delta_rows(*made, rows))
+
+        return ahead(merged, row_tiles(outputs, inputs))
 
 
 def load_model(

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import zstandard
 
 from compression_worker.contracts import CompressionError
+from compression_worker.making.threads import ahead
 from compression_worker.methods.deltadq.config import UNQUANTIZED
 from kernels.group_mask.reference import keep_factors, keep_positions, kept_per_row
 from kernels.packing import pack_codes, unpack_codes
 
-TILE_ELEMENTS = 1 << 22
+TILE_ELEMENTS = 1 << 20
 LEVEL = 9
 """Of zstandard. Codes have no repeats to find, so its entropy coder is what counts."""
 
@@ -46,12 +48,12 @@ class Dropout:
         """Their columns, int64 ``(rows, kept)``, ascending."""
         return torch.from_numpy(keep_positions(self.seed, self.tensor, rows, inputs, self.group_size, self.alpha))
 
-    def tiles(self, outputs: int, inputs: int) -> Iterator[tuple[range, torch.Tensor]]:
-        """All rows with their positions, some at a time."""
-        step = max(1, TILE_ELEMENTS // inputs)
-        for start in range(0, outputs, step):
-            rows = range(start, min(start + step, outputs))
-            yield rows, self.positions(rows, inputs)
+    def kept_of(self, delta: torch.Tensor) -> torch.Tensor:
+        """What survives of ``delta (N, K)``, as it is, ``(N, kept)``."""
+        tiles = row_tiles(*delta.shape)
+        return torch.cat(
+            [delta[rows.start : rows.stop].gather(1, self.positions(rows, delta.shape[1])) for rows in tiles]
+        )
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,31 @@ class Survivors:
         return self.codes.to(torch.float32).sub_(self.grid.zero).mul_(self.grid.scale)
 
 
+def row_tiles(outputs: int, inputs: int) -> Iterator[range]:
+    """The rows of a matrix, some at a time."""
+    step = max(1, TILE_ELEMENTS // inputs)
+    return (range(start, min(start + step, outputs)) for start in range(0, outputs, step))
+
+
 def survivors(delta: torch.Tensor, dropout: Dropout, bits: int) -> Survivors:
     """Drop and quantize ``delta (N, K)`` fp32."""
-    outputs, inputs = delta.shape
-    factors = torch.from_numpy(keep_factors(inputs, dropout.group_size, dropout.alpha))
-    kept = torch.cat([delta[rows.start : rows.stop].gather(1, at) for rows, at in dropout.tiles(outputs, inputs)])
-    return quantize(kept.mul_(factors), bits)
+    return coded(delta, dropout, bits)[0]
+
+
+def coded(delta: torch.Tensor, dropout: Dropout, bits: int) -> tuple[Survivors, float]:
+    """Drop and quantize ``delta (N, K)`` fp32; and what that changes in squares, ``|D - D_hat|^2 - |D|^2``.
+
+    Only survivors count there: ``sum (d - d_hat)^2 - d^2``.
+    """
+    kept = dropout.kept_of(delta)
+    factors = torch.from_numpy(keep_factors(delta.shape[1], dropout.group_size, dropout.alpha))
+    made = quantize(kept * factors, bits)
+    return made, squares(kept - made.values()) - squares(kept)
+
+
+def squares(values: torch.Tensor) -> float:
+    """Their sum."""
+    return float(values.square().sum(dtype=torch.float64))
 
 
 def quantize(values: torch.Tensor, bits: int) -> Survivors:
@@ -148,8 +169,10 @@ def loaded(data: bytes, coding: str, bits: int, outputs: int, kept: int) -> torc
 
 def delta_tiles(codes: torch.Tensor, grid: Grid, dropout: Dropout, inputs: int) -> Iterator[torch.Tensor]:
     """``D_hat`` in fp32, some rows at a time, from the first to the last."""
-    made = Survivors(codes, grid)
-    for rows, at in dropout.tiles(len(codes), inputs):
-        tile = torch.zeros((len(rows), inputs))
-        part = Survivors(made.codes[rows.start : rows.stop], grid)
-        yield tile.scatter_(1, at, part.values())
+    return ahead(partial(delta_rows, codes, grid, dropout, inputs), row_tiles(len(codes), inputs))
+
+
+def delta_rows(codes: torch.Tensor, grid: Grid, dropout: Dropout, inputs: int, rows: range) -> torch.Tensor:
+    """Some rows of ``D_hat`` in fp32."""
+    values = Survivors(codes[rows.start : rows.stop], grid).values()
+    return torch.zeros((len(rows), inputs)).scatter_(1, dropout.positions(rows, inputs), values)

@@ -18,11 +18,13 @@ from compression_worker.methods.deltadq.quantize import (
     Dropout,
     Grid,
     Survivors,
+    coded,
     delta_tiles,
     joined,
     loaded,
     quantize,
     separate,
+    squares,
     stored,
     survivors,
 )
@@ -123,6 +125,15 @@ def test_every_group_keeps_its_exact_count_and_the_rescaled_values() -> None:
     assert (kept[:, 64:].sum(dim=1) == 1).all()
     torch.testing.assert_close(whole[:, :64][kept[:, :64]], (8 * delta[:, :64])[kept[:, :64]], rtol=0.01, atol=0.0)
     torch.testing.assert_close(whole[:, 64:][kept[:, 64:]], (6 * delta[:, 64:])[kept[:, 64:]], rtol=0.01, atol=0.0)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 16])
+def test_the_error_taken_from_the_survivors_is_that_of_the_whole_matrix(bits: int) -> None:
+    delta = torch.randn(9, 70, generator=torch.Generator().manual_seed(6))
+    dropout = Dropout(seed=1, tensor=0, alpha=4, group_size=16)
+    made, change = coded(delta, dropout, bits)
+    whole = torch.cat(list(delta_tiles(made.codes, made.grid, dropout, 70)))
+    assert squares(delta) + change == pytest.approx(float((whole - delta).double().square().sum()), rel=1e-6)
 
 
 def test_the_expected_delta_is_the_delta() -> None:
