@@ -42,16 +42,16 @@ def _input_order(CODES: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _places(CODES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """0 .. CODES - 1 as ``(1, 1, CODES)``, written so that the compiler gives a thread a quarter of a row, not more."""
+    """0 .. CODES - 1 as ``(1, CODES)``, written so that the compiler gives a thread a quarter of a row, not more."""
     at = tl.arange(0, CODES)
-    return (at // (CODES // 4) * (CODES // 4) + at % (CODES // 4))[None, None, :]
+    return (at // (CODES // 4) * (CODES // 4) + at % (CODES // 4))[None, :]
 
 
 @triton.jit
 def _row_order(BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The output at each place ``(2, BLOCK_N / 2, 1)``: a warp holds 16 in a row, a thread two of them, 8 apart."""
-    inner = tl.arange(0, BLOCK_N // 2)[None, :, None]
-    return inner // 8 * 16 + tl.arange(0, 2)[:, None, None] * 8 + inner % 8
+    """The output at each place ``(BLOCK_N, 1)``: a warp holds 16 in a row, a thread two of them, 8 apart."""
+    at = tl.arange(0, BLOCK_N)[:, None]
+    return at % (BLOCK_N // 2) // 8 * 16 + at // (BLOCK_N // 2) * 8 + at % 8
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _halves(entry, magic, place: tl.constexpr, dtype: tl.constexpr):  # type: ig
 
 @triton.jit
 def _open(entry, magic, dtype: tl.constexpr, BLOCK_N: tl.constexpr, CODES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Packed entries ``(2, BLOCK_N / 2, CODES)`` -> points ``(BLOCK_N, 8 CODES)`` of ``dtype``, both in our orders."""
+    """Packed entries ``(BLOCK_N, CODES)`` -> points ``(BLOCK_N, 8 CODES)`` of ``dtype``, both in our orders."""
     narrow: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
     magic = magic.to(tl.uint32)
     first = tl.join(_halves(entry, magic, 0, narrow), _halves(entry, magic, 1, narrow))
@@ -79,7 +79,7 @@ def _open(entry, magic, dtype: tl.constexpr, BLOCK_N: tl.constexpr, CODES: tl.co
 @triton.jit
 def _look_up(table, index, BLOCK_N: tl.constexpr, CODES: tl.constexpr):  # type: ignore[no-untyped-def]
     found = tl.gather(table, index.to(tl.int32).reshape(BLOCK_N * CODES), 0)
-    return found.reshape(2, BLOCK_N // 2, CODES).to(tl.uint32, bitcast=True)
+    return found.reshape(BLOCK_N, CODES).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _points(  # type: ignore[no-untyped-def]
     codes_ptr, table_ptr, at, mask, magic,
     WORDS: tl.constexpr, dtype: tl.constexpr, BLOCK_N: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """Code words of E8P, or codes of the 256 points, at ``at (2, BLOCK_N / 2, CODES)`` -> ``(BLOCK_N, 8 CODES)``."""
+    """Code words of E8P, or codes of the 256 points, at ``at (BLOCK_N, CODES)`` -> ``(BLOCK_N, 8 CODES)``."""
     entry = tl.arange(0, 256)
     if WORDS:
         code = tl.load(codes_ptr + at, mask=mask, other=0).to(tl.uint16, bitcast=True)
@@ -100,7 +100,7 @@ def _points(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _forward_kernel(  # type: ignore[no-untyped-def]
+def _e8p_forward_kernel(  # type: ignore[no-untyped-def]
     x_ptr, first_ptr, second_ptr, table_ptr, out_ptr,
     M, N, K, blocks, span, scale, second_scale, first_magic, second_magic, stride_xm, stride_xk,
     BITS: tl.constexpr, SPREAD: tl.constexpr, UPCAST: tl.constexpr,
@@ -143,7 +143,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_spans_kernel(parts_ptr, y_ptr, elements, spans, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _e8p_add_kernel(parts_ptr, y_ptr, elements, spans, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for span in range(0, spans):
@@ -152,7 +152,7 @@ def _add_spans_kernel(parts_ptr, y_ptr, elements, spans, BLOCK: tl.constexpr):  
 
 
 @triton.jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def _e8p_backward_kernel(  # type: ignore[no-untyped-def]
     dy_ptr, first_ptr, second_ptr, table_ptr, dx_ptr,
     M, N, K, blocks, scale, second_scale, first_magic, second_magic, stride_ym, stride_yn,
     BITS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CODES: tl.constexpr,
@@ -210,14 +210,14 @@ def _forward(x: torch.Tensor, weight: E8PWeight) -> torch.Tensor:
     span = _span(blocks, programs, codes) if few else blocks
     spans = triton.cdiv(blocks, span)
     out = torch.empty((spans, rows, outputs), dtype=torch.float32, device=x.device) if spans > 1 else y
-    _forward_kernel[(programs, triton.cdiv(rows, block_m), spans)](
+    _e8p_forward_kernel[(programs, triton.cdiv(rows, block_m), spans)](
         x, weight.first, _second(weight), _tables(x.device), out,
         rows, outputs, inputs, blocks, span, *_factors(weight), *_magic(x.dtype, weight.bits), *x.stride(),
         BITS=weight.bits, SPREAD=spans > 1, UPCAST=wide, BLOCK_M=block_m, BLOCK_N=block_n, CODES=codes,
         num_warps=warps,
     )  # fmt: skip
     if spans > 1:
-        _add_spans_kernel[(triton.cdiv(y.numel(), 1024),)](out, y, y.numel(), spans, BLOCK=1024)
+        _e8p_add_kernel[(triton.cdiv(y.numel(), 1024),)](out, y, y.numel(), spans, BLOCK=1024)
     return y
 
 
@@ -229,7 +229,7 @@ def _backward(dy: torch.Tensor, weight: E8PWeight) -> torch.Tensor:
     wide = upcast(dy.dtype)
     block_m = 16 if rows <= FEW_ROWS else 64
     block_n, codes, warps = (64, 8, 4) if wide else (64, 16, 4)
-    _backward_kernel[(triton.cdiv(rows, block_m), triton.cdiv(inputs, 8 * codes))](
+    _e8p_backward_kernel[(triton.cdiv(rows, block_m), triton.cdiv(inputs, 8 * codes))](
         dy, weight.first, _second(weight), _tables(dy.device), dx,
         rows, outputs, inputs, inputs // 8, *_factors(weight), *_magic(dy.dtype, weight.bits), *dy.stride(),
         BITS=weight.bits, UPCAST=wide, BLOCK_M=block_m, BLOCK_N=block_n, CODES=codes, num_warps=warps,

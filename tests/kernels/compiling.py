@@ -2,7 +2,7 @@
 
 The interpreter runs what no GPU would compile. Here the launching functions run as they are, on CPU tensors, and each
 launch compiles down to machine code instead, for the operands, tiles and flags it would have had. Prints a line for each
-kernel: its name, registers, and bytes of shared memory.
+kernel: its name, bytes of shared memory, and instructions that store there.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def main() -> int:
             shared = found.metadata.shared
             if shared > SHARED_BYTES[capability] or not found.asm["cubin"]:
                 raise RuntimeError(f"{found.name} asks for {shared} bytes of shared memory")
-            sys.stdout.write(f"{found.name} {shared}\n")
+            stores = found.asm["ptx"].count("st.shared") + found.asm["ptx"].count("stmatrix")
+            sys.stdout.write(f"{found.name} {shared} {stores}\n")
 
         return launch
 
