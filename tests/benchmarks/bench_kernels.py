@@ -1,4 +1,4 @@
-"""The delta kernels on a CUDA device, against its own copy bandwidth and cuBLAS in the same run.
+"""The kernels on a CUDA device, against its own copy bandwidth and cuBLAS in the same run.
 
     python -m tests.benchmarks.bench_kernels [--rounds 50] [--sizes 4096 8192] [--batches 1 2 4 8 16 32]
         [--dimensions 4096 8192 14336 11008]
@@ -277,19 +277,21 @@ def bench_dequant_matmul(size: int, bits: int, rounds: int, copied: float) -> li
     dense = dequantize(*tensors(weights[0]), dtype=torch.float64)
     name, passed = f"dequant_matmul, {size} x {size}, {bits} bits", []
     for tokens in (1, 16, 512):
-        x = random(tokens, size)
+        x, rows = random(tokens, size), f"{tokens} row{'s' * (tokens > 1)}"
         taken = seconds([captured(partial(dequant_matmul, x, weight)) for weight in weights], rounds)
         if tokens > 16:
             models = [random(size, size) for _ in range(4)]
             alone = seconds([captured(partial(torch.nn.functional.linear, x, model)) for model in models], rounds)
-            record(f"{name}, {tokens} rows: over the dense product", taken / alone, "ratio")
+            record(f"{name}, {rows}: over the dense product", taken / alone, "ratio")
         else:
             moved = sum(tensor.nbytes for tensor in tensors(weights[0])[:3]) + 2 * x.nbytes
             bound = DEQUANT_SHARE if tokens == 1 else None
-            figure = f"{name}, {tokens} row{'s' * (tokens > 1)}: share of copy bandwidth"
-            passed.append(record(figure, moved / taken / copied, "ratio", bound, least=bound is not None))
+            share = moved / taken / copied
+            passed.append(
+                record(f"{name}, {rows}: share of copy bandwidth", share, "ratio", bound, least=bound is not None)
+            )
         found = error(dequant_matmul(x, weights[0]).double(), x.double() @ dense.T)
-        passed.append(record(f"{name}, {tokens} rows: relative error", found, "ratio", RELATIVE_ERROR))
+        passed.append(record(f"{name}, {rows}: relative error", found, "ratio", RELATIVE_ERROR))
     return passed
 
 
