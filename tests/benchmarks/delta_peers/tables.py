@@ -19,18 +19,20 @@ WORDS = {
     VerdictKind.UNCLEAR: "not enough evidence",
 }
 COLUMNS = ("form", "kept as it is", "size", "true", "nominal", "bits/weight", "perplexity", "KL", "top-1 %")
+DETAILS = ("kept as it is", "bits/weight")
+"""Columns that the table of ours leaves out."""
 CONTEST = ("best peer in as many bytes: its KL", "KL of ours − its", "better than")
 
 
 def markdown(contest: Contest, config: EvaluationConfig, windows: int) -> str:
-    """One table of ours with the verdicts, then every form, round by round, and what is missing."""
+    """One table of ours, then the verdicts, every form, round by round, and what is missing."""
     blocks = [_ends(contest, config, windows)]
     if any(one.ours for one in contest.rounds):
         blocks += [_ours(contest, config)]
     verdicts = "\n".join(f"- {line}" for line in _summary(contest, config))
     if verdicts:
         blocks += [f"Ours at equal bytes, by KL (margin {100 * MARGIN:.0f} % of the peer's):\n\n{verdicts}"]
-    blocks += [_round(one, config) for one in contest.rounds]
+    blocks += [_round(one, config) for one in contest.rounds if one.contended]
     if notes := [*contest.notes, *_too_large(contest)]:
         blocks += ["Not in the tables:\n\n" + "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(blocks) + "\n"
@@ -40,8 +42,11 @@ def _ours(contest: Contest, config: EvaluationConfig) -> str:
     """A line for each of ours: its figures, the peer that comes nearest to the variant in no more bytes, the count."""
     lines = [(one, mine) for one in contest.rounds for mine in one.ours]
     found = figures({str(at): mine.windows for at, (_, mine) in enumerate(lines)}, "0", config)
-    rows = [[*COLUMNS, *CONTEST], ["---"] * (len(COLUMNS) + len(CONTEST))]
-    rows += [[*_cells(mine, found, str(at)), *_standing(mine, one, config)] for at, (one, mine) in enumerate(lines)]
+    heads = [head for head in COLUMNS if head not in DETAILS] + [*CONTEST]
+    rows = [heads, ["---"] * len(heads)]
+    for at, (one, mine) in enumerate(lines):
+        cells = zip(COLUMNS, _cells(mine, found, str(at)), strict=True)
+        rows.append([*(cell for head, cell in cells if head not in DETAILS), *_standing(mine, one, config)])
     return _lines(rows)
 
 
