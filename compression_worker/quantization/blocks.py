@@ -175,12 +175,17 @@ class Group:
 
 
 class Block:
-    """A block that has its weights. ``(B, T, H)`` in, ``(B, T, H)`` out."""
+    """A block that has its weights. ``(B, T, H)`` in, ``(B, T, H)`` out.
+
+    ``path`` is its name in ``model``, whose other blocks have none.
+    """
 
     def __init__(self, runner: BlockRunner, index: int, module: Any) -> None:
         self._runner = runner
         self.index = index
+        self.path = runner._blocks[index][0]
         self.module = module
+        self.model = runner._model
         self.linears = runner.architecture.blocks[index]
         self._modules = dict(runner._model.named_modules())
         self._arguments: dict[tuple[int, int], Any] = {}

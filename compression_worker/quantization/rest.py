@@ -35,10 +35,18 @@ def checked_source(checkpoint: Checkpoint) -> Architecture:
     return architecture
 
 
-def rest_planned(variant: str, parts: Mapping[str, str]) -> PlannedStep:
-    """The step that keeps what no method codes."""
+def rest_planned(variant: str, parts: Mapping[str, str], tuned: Mapping[str, str] | None = None) -> PlannedStep:
+    """The step that keeps what no method codes.
+
+    ``tuned``: steps, under names that begin with ``tuned``. What their outputs list as ``tuned`` they have changed, and
+    it is not kept here.
+    """
     return PlannedStep(
-        name="rest", kind="quantization.rest", group="rest", params={"parts": dict(parts)}, inputs={"variant": variant}
+        name="rest",
+        kind="quantization.rest",
+        group="rest",
+        params={"parts": dict(parts)},
+        inputs={"variant": variant, **(tuned or {})},
     )
 
 
@@ -47,7 +55,9 @@ def rest_step(context: StepContext) -> StepOutput:
     variant = opened(context, "variant")
     parts, aliases = context.spec.params["parts"], dict(variant.manifest["aliases"])
     tensors = variant.manifest["tensors"]
-    names = [name for name in sorted(tensors) if parts.get(name) != "linears" and name not in aliases]
+    steps = (context.input(name) for name in context.spec.inputs if name.startswith("tuned"))
+    left = {*aliases, *(name for step in steps for name in step.data["tuned"])}
+    names = [name for name in sorted(tensors) if parts.get(name) != "linears" and name not in left]
     with checkpoint_files(variant) as files, context.store.writer() as blob:
 
         def watched(at: int, name: str) -> Iterator[memoryview]:

@@ -31,6 +31,14 @@ HESSIAN_COPIES = 6
 ROUNDING = {2: 60, 3: 200, 4: 130}
 """Multiplications that rounding eight weights costs, over eight, by bits."""
 FEWEST_TOKENS = 256
+STACKS = 3
+"""Stacks of a block after which it is trained."""
+PASSES = 3
+"""A pass forward and back, in passes forward."""
+TRAINED_COPIES = 4
+"""fp32 copies of what is trained: values, gradients, and the optimizer's two."""
+CHUNK_WINDOWS = 32
+"""Windows of a step of end-to-end fine-tuning."""
 
 
 def estimate(config: QuipSharpConfig, inputs: Inputs) -> Estimate:
@@ -40,6 +48,7 @@ def estimate(config: QuipSharpConfig, inputs: Inputs) -> Estimate:
     linears = shapes.linears if shapes else model.parameters
     sizes = shared.calibration_sizes(model, shapes, config.samples, config.length) | {
         "parameters": float(model.parameters),
+        "windows": float(config.samples),
         "kept_bytes": float(model.weight_bytes - round(linears * model.width)),
         "result_bytes": float(sum(part["bytes"] for part in parts)),
     }
@@ -76,6 +85,27 @@ def layers_work(params: Json, sizes: Mapping[str, float]) -> float:
     config = params["config"]
     each = sizes["squares"] ** 0.5 + ROUNDING[config["num_bits"]] * (20 if config["joint_search"] else 1)
     return sizes["linears"] * own * each * (1 + config["passes"])
+
+
+def tune_layers_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """As :func:`layers_work`, and the passes of training after each stack but the last, forward and back."""
+    config = params["config"]
+    passes = STACKS * config["block_epochs"] * PASSES
+    forward = sizes["linears"] * params["count"] / sizes["blocks"] * sizes["tokens"]
+    return layers_work(params, sizes) + passes * forward
+
+
+def teacher_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Tokens answered, times the parameters that each passes."""
+    return sizes["tokens"] * sizes["parameters"]
+
+
+def tune_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Tokens learnt from, or looked at to choose the epoch, times parameters."""
+    lesson = sizes["windows"] * 2 / 3
+    learnt = (params["last"] - params["first"]) / max(lesson, 1.0)
+    looked = sizes["tokens"] / 3 if params["ends"] else 0.0
+    return (PASSES * learnt * sizes["tokens"] * 2 / 3 + looked) * sizes["parameters"]
 
 
 def assemble_work(params: Json, sizes: Mapping[str, float]) -> float:
@@ -141,21 +171,57 @@ def _loads(
     blocks = round(sizes["blocks"])
     yield StepLoad(kind="quip_sharp.plan", count=1, units=1.0)
     yield from shared.calibration_loads(model, shapes, sizes, hessians=True)
-    params = {
+    params: Json = {
         "count": blocks,
         "config": {"num_bits": config.num_bits, "joint_search": config.joint_search, "passes": config.passes},
     }
     memory = PROCESS_BYTES + _stack_memory(_largest(model, shapes, config))
+    kind, work = "quip_sharp.layers", layers_work(params, sizes)
+    if config.tunes_blocks:
+        params["config"] |= {"block_epochs": config.block_epochs}
+        kind, work = "quip_sharp.tune_layers", tune_layers_work(params, sizes)
+        block = sizes["linears"] / blocks
+        memory += shared.block_memory(model, shapes, sizes) + round(FLOAT * block * (TRAINED_COPIES + 1))
     yield StepLoad(
-        kind="quip_sharp.layers",
+        kind=kind,
         count=min(shared.STEPS, blocks),
-        units=layers_work(params, sizes),
+        units=work,
         memory_bytes=memory,
-        gpu_bytes=(memory - PROCESS_BYTES) // 2,
+        gpu_bytes=memory - PROCESS_BYTES,
         gpu_host_bytes=memory,
     )
+    if config.tunes_whole:
+        yield from _tuning_loads(config, model, shapes, sizes)
     yield StepLoad(kind="quantization.rest", count=1, units=sizes["kept_bytes"])
     yield StepLoad(kind="quip_sharp.assemble", count=1, units=sizes["result_bytes"])
+
+
+def _tuning_loads(
+    config: QuipSharpConfig, model: Model, shapes: Shapes | None, sizes: Mapping[str, float]
+) -> Iterator[StepLoad]:
+    """The whole model in fp32, once; logits of a window and what a pass back needs of it."""
+    vocabulary = shapes.vocabulary if shapes else model.parameters // max(1, round(sizes["hidden"]))
+    hidden, blocks = sizes["hidden"], sizes["blocks"]
+    whole = FLOAT * (model.parameters + 4 * config.length * vocabulary)
+    lesson = max(1, round(config.samples * 2 / 3))
+    steps = -(-lesson // CHUNK_WINDOWS)
+    for kind, count, extra in (
+        ("quip_sharp.teacher", 1, 0.0),
+        ("quip_sharp.tune", steps * config.tuning_epochs, FLOAT * 24 * config.length * hidden * blocks),
+    ):
+        if kind == "quip_sharp.teacher":
+            units = teacher_work({}, sizes)
+        else:
+            units = tune_work({"first": 0, "last": lesson, "ends": True}, sizes) * config.tuning_epochs
+        memory = round(whole + extra)
+        yield StepLoad(
+            kind=kind,
+            count=count,
+            units=units,
+            memory_bytes=PROCESS_BYTES + model.weight_bytes + memory,
+            gpu_bytes=memory,
+            gpu_host_bytes=PROCESS_BYTES + model.weight_bytes + FLOAT * model.parameters,
+        )
 
 
 def _largest(model: Model, shapes: Shapes | None, config: QuipSharpConfig) -> list[Matrix]:

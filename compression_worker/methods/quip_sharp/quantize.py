@@ -80,13 +80,23 @@ def quantize(
     rounded = ldlq(rotated / unit, found, rounding, passes=config.passes)
     turned = rotation.back(rounded.values.T)
     scales = spreads * unit
-    values = unscaled(turned, s_in, s_out)
-    pieces = tuple(
-        _piece(weight, part * scale, hessian)
-        for weight, part, scale in zip(weights, values.split([len(one) for one in weights]), scales, strict=True)
-    )
+    pieces = compared(weights, turned, scales, (s_in, s_out), hessian)
     made = tuple(plane.contiguous().cpu() for plane in planes(rounded.codes.T.contiguous(), config.num_bits))
     return Coded(made, scales.cpu(), turned, pieces, found.damping, found.upper is not None)
+
+
+def compared(
+    weights: Sequence[torch.Tensor],
+    turned: torch.Tensor,
+    scales: torch.Tensor,
+    signs: tuple[torch.Tensor, torch.Tensor],
+    hessian: torch.Tensor,
+) -> tuple[Piece, ...]:
+    """What became of each of ``weights (N_i, K)``."""
+    values = unscaled(turned, *signs).split([len(weight) for weight in weights])
+    return tuple(
+        _piece(weight, part * scale, hessian) for weight, part, scale in zip(weights, values, scales, strict=True)
+    )
 
 
 def unscaled(turned: torch.Tensor, s_in: torch.Tensor, s_out: torch.Tensor) -> torch.Tensor:
