@@ -124,8 +124,8 @@ METHODS: dict[str, Method] = {
         implementation="compression_worker.methods.int21.compress",
         forecast="compression_worker.methods.int21.estimate",
         when=(
-            "Where 2 or 3 bits alone lose too much, or where a small machine has to tune a large model: the adapters are"
-            " ordinary LoRA files that other tools load."
+            "Where 2 or 3 bits alone lose too much, or where a small machine has to tune a large model: the adapters "
+            "are ordinary LoRA files that other tools load."
         ),
         costs=(
             "The base is made first; then the full model answers the text once, and training reads it with the packed "

@@ -1,7 +1,7 @@
 """The loss that matches a student's answers to stored ones: KL over the likeliest tokens, all others being one class.
 
-Of one place: ``p`` the teacher's probabilities of ``k`` tokens, ``p_0`` those of all others together; ``q``, ``q_0`` the
-student's of the same classes at the same temperature ``T``, from its logits ``z``; ``y`` the token that really comes.
+Of one place: ``p`` the teacher's probabilities of ``k`` tokens, ``p_0`` those of all others together; ``q``, ``q_0``
+the student's of the same classes at the same temperature ``T``, from its logits ``z``; ``y`` the token that comes.
 
     L = (1 - c) T^2 KL + c CE,    KL = sum_i p_i ln(p_i / q_i) + p_0 ln(p_0 / q_0),    CE = -ln softmax(z)_y
 

@@ -90,7 +90,8 @@ def text_step(context: StepContext) -> StepOutput:
         )
     generator = torch.Generator().manual_seed(context.spec.seed)
     order = torch.randperm(len(found), generator=generator)
-    held = min(held, max(1, len(found) // 5))
+    if len(found) < wanted + held:
+        held = min(held, max(1, len(found) // 5))
     own = found[order[held:]]
     rounds = [own]
     while sum(map(len, rounds)) < wanted:

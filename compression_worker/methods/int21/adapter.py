@@ -33,7 +33,7 @@ class PackedLora(torch.nn.Module, LoraLayer):
     def __init__(
         self, base_layer: Any, adapter_name: str, config: Any, r: int = 0, lora_alpha: int = 1, **more: Any
     ) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
@@ -68,9 +68,7 @@ def factors(model: Any, paths: Collection[str]) -> dict[str, torch.nn.Parameter]
     found = {}
     for path in paths:
         first, second = keys(path)
-        found[first], found[second] = (
-            side[ADAPTER].weight for side in (modules[path].lora_A, modules[path].lora_B)
-        )
+        found[first], found[second] = (side[ADAPTER].weight for side in (modules[path].lora_A, modules[path].lora_B))
     return found
 
 

@@ -1,8 +1,8 @@
 """The method beneath: INT2.1 plans, reads and loads its base through the catalog and knows no method by itself.
 
-An artifact of INT2.1 holds every file of the base's artifact and the adapter. Its manifest's ``layout`` says which method
-made the base, with which settings, and the digest of all that was packed: an adapter says the same digest and fits no
-other base.
+An artifact of INT2.1 holds every file of the base's artifact and the adapter. Its manifest's ``layout`` says which
+method made the base, with which settings, and the digest of all that was packed: an adapter says the same digest and
+fits no other base.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from typing import Any
 from compression_worker import catalog
 from compression_worker.architecture import Architecture, describe
 from compression_worker.artifact import Artifact
-from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput, StepSpec, canonical_json, sha256
+from compression_worker.contracts import (
+    CompressionError,
+    Json,
+    StepContext,
+    StepOutput,
+    StepSpec,
+    canonical_json,
+    sha256,
+)
 from compression_worker.making.table import Weigh
 from compression_worker.methods.int21.config import Int21Config
 

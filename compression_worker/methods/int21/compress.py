@@ -1,11 +1,11 @@
 """INT2.1 (arXiv:2306.08162): a packed base that never changes, and low-rank adapters that learn what it lost.
 
 EMEF is LoRA on the packed base (PEFT's own adapters, on any packed linear); LREC trains the same adapters so that the
-model's answers come near those of the full-precision one. Rank, loss and the rule of memory are our reading: the paper's
-abstract states sizes and effects, and no code was published.
+model's answers come near those of the full-precision one. Rank, loss and the rule of memory are our reading: the
+paper's abstract states sizes and effects, and no code was published.
 
-A job is the list of steps that :func:`plan_step` makes: those of the base's method, then the text in windows, answers of
-the teacher, the closed-form start where it is asked for, chunks of training in a chain, and the assembly.
+A job is the list of steps that :func:`plan_step` makes: those of the base's method, then the text in windows, answers
+of the teacher, the closed-form start where it is asked for, chunks of training in a chain, and the assembly.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 
-from compression_worker.architecture import build
 from compression_worker.adapters import CONFIG_FILE, WEIGHTS_FILE
+from compression_worker.architecture import build
 from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput
 from compression_worker.making.assembly import Parcel, assemble
@@ -46,7 +46,7 @@ def plan_step(context: StepContext) -> StepOutput:
     architecture = checked_source(opened(context, "variant"))
     if stacked := architecture.stacked():
         context.log(
-            f"{len(stacked):,} matrices of experts are quantized without an adapter: only linears of their own carry one",
+            f"{len(stacked):,} matrices of experts are quantized without an adapter: only single linears carry one",
             "warning",
         )
     plan = _Plan(context, config, list(base_method.planned(context, config).steps), len(architecture.blocks))
@@ -103,8 +103,7 @@ class _Plan:
         self._held_out = self._add(logits_planned(variant, self._text, HELD_OUT, held, count, temperature))
         if LREC in config.phases:
             self._teachers = [
-                self._add(logits_planned(variant, self._text, TRAINED, run, count, temperature))
-                for run in self._runs()
+                self._add(logits_planned(variant, self._text, TRAINED, run, count, temperature)) for run in self._runs()
             ]
 
     def add_start(self) -> None:
@@ -244,9 +243,7 @@ def _adapter_files(context: StepContext, config: Int21Config, base: Artifact, di
     places = base_method.adapted(base)
     transposed = [bool(base.manifest["tensors"][name].get("transposed")) for name in places]
     others = [path for path, _ in build(base.config).named_modules() if path not in set(places.values())]
-    said = config_file(
-        places.values(), others, rank=config.rank, alpha=config.lora_alpha, transposed=any(transposed)
-    )
+    said = config_file(places.values(), others, rank=config.rank, alpha=config.lora_alpha, transposed=any(transposed))
     state = context.input("trained").blobs[STATE_FILE]
     return {
         CONFIG_FILE: context.store.write_bytes(said),

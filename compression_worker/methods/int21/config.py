@@ -52,8 +52,8 @@ class Int21Config:
         metadata={
             "label": "Rank",
             "help": (
-                "Of each adapter. 16 in float16 on every linear is 2.1 bits and 1.05 times the size of a 2-bit Llama-7B,"
-                " as published (our reading)."
+                "Of each adapter. 16 in float16 on every linear is 2.1 bits and 1.05 times the size of a 2-bit "
+                "Llama-7B, as published (our reading)."
             ),
         },
     )
@@ -199,7 +199,8 @@ class Int21Config:
         positive("temperature", self.temperature, 100.0)
         if type(self.ce_weight) not in (int, float) or not 0 <= self.ce_weight < 1:
             raise CompressionError(
-                "bad_setting", f"ce_weight is {self.ce_weight!r}; it must be from 0 to below 1: for 1 set objective=emef"
+                "bad_setting",
+                f"ce_weight is {self.ce_weight!r}; it must be from 0 to below 1: for 1 set objective=emef",
             )
         whole_number("teacher_logits", self.teacher_logits, 1, 1 << 20)
         whole_number("held_out", self.held_out, 1, 10_000)

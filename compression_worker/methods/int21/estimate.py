@@ -69,9 +69,7 @@ def training_peaks(
         return None
     length = _length(config, model) if length is None else length
     together = at_once(config.batch_size, length, shapes.vocabulary)
-    one = Pass(
-        tokens=together * length, item_bytes=item_bytes, rank=config.rank, checkpointing=config.checkpointing
-    )
+    one = Pass(tokens=together * length, item_bytes=item_bytes, rank=config.rank, checkpointing=config.checkpointing)
     return peaks(shapes, packed_bytes, one)
 
 
@@ -171,7 +169,11 @@ def _loads(
             gpu_bytes=8 * 8 * side**2,
         )
     runs = config.epochs * len(config.phases)
-    params = {"first": 0, "last": config.windows // config.batch_size * runs, "config": {"batch_size": config.batch_size}}
+    params = {
+        "first": 0,
+        "last": config.windows // config.batch_size * runs,
+        "config": {"batch_size": config.batch_size},
+    }
     cpu, gpu = _training_memory(config, model, packed_bytes)
     yield StepLoad(
         kind="int21.train",

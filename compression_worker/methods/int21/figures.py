@@ -90,7 +90,7 @@ def _training(context: StepContext, config: Int21Config, parameters: int) -> Jso
 def _memory(context: StepContext, config: Int21Config, packed_bytes: int) -> Json:
     """Bytes of tensors at the peak of training, and of three ways that keep dense weights, on the same pass.
 
-    All are computed from shapes; none where those are not known. Activations are float32 on a CPU, else the model's own.
+    All are computed from shapes; none where those are not known. Activations are float32 on a CPU, else as the model.
     """
     manifest = opened(context, "variant").manifest
     model = Model(**{name: manifest[name] for name in ("config", "parameters", "weight_bytes", "size_bytes")})

@@ -1,8 +1,8 @@
-"""What training holds at once, from shapes alone: the packed base, adapters, and what the backward pass needs. No torch.
+"""What training holds at once, from shapes alone: the packed base, adapters, what the backward pass needs. No torch.
 
-    static  = packed codes and scales + all other weights + 16 bytes an adapter parameter (fp32: itself, gradient, moments)
+    static  = packed codes and scales + all other weights + 16 bytes an adapter parameter (fp32, gradient, moments)
     kept    = the input of each block for each token of a pass (all that a block keeps, without checkpointing)
-    peak    = static + kept + the larger of: two rows of the vocabulary a token, or what one block keeps and its gradients
+    peak    = static + kept + the larger of: two rows of the vocabulary a token, or what one block keeps, and gradients
 
 Beside it stand three ways to train the same model on the same pass that keep dense weights: each is named, because a
 ratio without its baseline says nothing. (The paper's 5.6 times has no stated baseline; by size it is LoRA on fp32
@@ -22,8 +22,8 @@ STATES = 4
 LOSS_ROWS = 128
 """Rows of the vocabulary that :mod:`compression_worker.quantization.divergence` has in work at a time."""
 LOSS_COPIES = 3
-TILES = 12_000_000
-"""What a packed product opens at a time."""
+TILE_WEIGHTS, TILE_COPIES = 1 << 20, 2
+"""What a packed product opens at a time, in fp32: the codes of a tile, and their values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,23 +61,24 @@ def peaks(shapes: Shapes, packed_bytes: int, one: Pass) -> Peaks:
     others = shapes.embeddings + shapes.head + shapes.norms + shapes.other
     everything = shapes.linears + others
     trained = STATES * FLOAT * adapter_parameters(shapes, one.rank)
+    tile = TILE_COPIES * FLOAT * min(TILE_WEIGHTS, max(matrix.elements for matrix in shapes.block))
     half, whole = replace(one, item_bytes=2), replace(one, item_bytes=FLOAT)
     return Peaks(
-        packed=packed_bytes + one.item_bytes * others + trained + passing(shapes, one) + TILES,
+        packed=packed_bytes + one.item_bytes * others + trained + passing(shapes, one, tile),
         lora_fp16=2 * everything + trained + passing(shapes, half),
         lora_fp32=FLOAT * everything + trained + passing(shapes, whole),
         full_finetune=STATES * FLOAT * everything + passing(shapes, replace(whole, rank=0)),
     )
 
 
-def passing(shapes: Shapes, one: Pass) -> int:
-    """What a pass forward and backward needs beside weights."""
+def passing(shapes: Shapes, one: Pass, tile: int = 0) -> int:
+    """What a pass forward and backward needs beside weights; ``tile`` is what a product opens of a packed one."""
     block, gradients = _block_items(shapes, one.rank)
     inputs = shapes.layers * shapes.hidden
     kept = inputs if one.checkpointing else inputs + (shapes.layers - 1) * block
     head = 2 * one.tokens * shapes.vocabulary * one.item_bytes
     head += LOSS_COPIES * FLOAT * min(LOSS_ROWS, one.tokens) * shapes.vocabulary
-    inner = one.tokens * one.item_bytes * (block + gradients)
+    inner = one.tokens * one.item_bytes * (block + gradients) + tile
     if not one.checkpointing:
         head += one.tokens * one.item_bytes * block
     return one.tokens * one.item_bytes * kept + max(head, inner)
@@ -90,6 +91,7 @@ def _block_items(shapes: Shapes, rank: int) -> tuple[int, int]:
     them with its output, four of the inner width, and what the adapters' first factors make.
     """
     hidden, inner = shapes.hidden, shapes.inner
-    query = next((one.inputs for one in shapes.block[2:4] if one.outputs == hidden), hidden)
-    kept = 3 * hidden + 5 * query + 4 * inner + rank * len(shapes.block)
+    apart = len(shapes.block) > 4
+    query, key = (shapes.block[0].outputs, shapes.block[1].outputs) if apart else (hidden, hidden)
+    kept = 3 * hidden + 2 * query + 2 * key + 4 * inner + rank * len(shapes.block)
     return kept, 2 * inner + 2 * hidden

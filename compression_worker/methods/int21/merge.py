@@ -31,7 +31,7 @@ class Adapter:
         if said.get(PACKED_BASE) != layout["packed_base"]:
             raise CompressionError(
                 "base_mismatch",
-                f"'{WEIGHTS_FILE}' was trained on another packed base than the one beside it: use both from one artifact",
+                f"'{WEIGHTS_FILE}' was trained on another packed base than the one beside it: take both from one place",
             )
         self._file = TensorFile(path)
 

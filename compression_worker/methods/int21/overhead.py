@@ -9,8 +9,8 @@ def overhead(*, codes: int, scales: int, adapter: int, rest: int, weights: int, 
     """Ratios to the packed base and bits a weight, linears only and whole file, with and without scales.
 
     ``codes``, ``scales``, ``adapter`` and ``rest`` (embeddings, head, norms) are bytes; ``weights`` are the linears',
-    ``others`` all other parameters, and ``item_bytes`` is what a weight had. ``codes_ratio`` is the paper's way to count:
-    linears only and no scales.
+    ``others`` all other parameters, and ``item_bytes`` is what a weight had. ``codes_ratio`` is the paper's way to
+    count: linears only and no scales.
     """
 
     def bits(size: int, count: int) -> float:

@@ -1,7 +1,8 @@
 """Adapters that begin as the best low-rank answer to what quantization lost, weighted by what each input carries.
 
-With the Hessian ``H = C C^T`` of full-precision inputs, the error of a layer's output is ``|(W - W^ - s B A) C|``, which is
-least for ``s B A = SVD_r((W - W^) C) C^{-1}`` (EoRA, arXiv:2410.21271; QERA, arXiv:2410.06040). Damped as a rounding is.
+With the Hessian ``H = C C^T`` of full-precision inputs, the error of a layer's output is ``|(W - W^ - s B A) C|``,
+which is least for ``s B A = SVD_r((W - W^) C) C^{-1}`` (EoRA, arXiv:2410.21271; QERA, arXiv:2410.06040). The Hessian is
+damped as it is for rounding.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def start_step(context: StepContext) -> StepOutput:
 def closed_form(
     error: torch.Tensor, hessian: torch.Tensor, rank: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """``A (r, K)`` and ``B (N, r)`` with ``scale * B A`` nearest to ``error (N, K)``, and the share of error that stays.
+    """``A (r, K)`` and ``B (N, r)`` with ``scale * B A`` nearest to ``error (N, K)``, and the share of it that stays.
 
     The share is ``|(error - scale B A) C|^2 / |error C|^2``. Where the rank exceeds a side, factors end in zeros.
     """

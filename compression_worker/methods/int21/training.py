@@ -3,7 +3,8 @@
 Error correction (LREC) lowers the divergence from stored answers of the full-precision model
 (:mod:`compression_worker.quantization.divergence`); task tuning (EMEF) lowers the cross-entropy of the text on the same
 adapters. Which of both the paper's hybrid loss is, and that memory holds neither a dense weight nor the teacher, is our
-reading of it. A state is every factor and both of AdamW's moments in fp32: a run that was killed goes on with equal bytes.
+reading of it. A state is every factor and both of AdamW's moments in fp32: a run that was killed goes on, to equal
+bytes.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def train_step(context: StepContext) -> StepOutput:
         _round(student, config)
     tokens = curve[-1]["tokens"] + windows.numel()
     curve.append(held.measured(student, tokens, phase))
-    context.log(f"held-out KL {curve[-1]['kl']:.4g}, cross-entropy {curve[-1]['ce']:.4g} after {tokens:,} tokens", "info")
+    context.log(
+        f"held-out KL {curve[-1]['kl']:.4g}, cross-entropy {curve[-1]['ce']:.4g} after {tokens:,} tokens", "info"
+    )
     losses = (list(before.data["losses"]) if before else []) + [six_digits(loss) for loss in losses]
     state = _state(student, optimizer)
     return StepOutput(blobs={STATE_FILE: _written(context, state)}, data={"curve": curve, "losses": losses})
@@ -220,11 +223,11 @@ def _round(student: Student, config: Int21Config) -> None:
     dtype = getattr(torch, config.adapter_dtype)
     with torch.no_grad():
         for parameter in student.factors.values():
-            parameter.copy_(parameter.to(dtype))
-            if not bool(parameter.isfinite().all()):
+            if float(parameter.abs().max()) > torch.finfo(dtype).max:
                 raise CompressionError(
                     "not_finite", f"a factor does not fit {config.adapter_dtype}: set adapter_dtype=bfloat16"
                 )
+            parameter.copy_(parameter.to(dtype))
 
 
 def _state(student: Student, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:

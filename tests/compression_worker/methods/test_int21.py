@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from compression_worker import artifact as artifacts
 from compression_worker.adapters import CONFIG_FILE, WEIGHTS_FILE
@@ -143,11 +143,11 @@ def test_nothing_as_large_as_a_weight_is_kept_for_the_backward_pass(made: Made, 
     student = student_of(made.artifact, checkpointing=checkpointing)
     smallest = min(layer.in_features * layer.out_features for layer in student.model.modules() if is_adapted(layer))
     known = {tensor.data_ptr() for tensor in [*student.model.parameters(), *student.model.buffers()]}
-    kept: dict[int, int] = {}
+    kept: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.data_ptr() not in known:
-            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            kept.append(tensor.untyped_storage().nbytes())
         return tensor
 
     window = torch.arange(8).view(1, 8)  # so few tokens that no activation is as large as a weight
@@ -155,7 +155,7 @@ def test_nothing_as_large_as_a_weight_is_kept_for_the_backward_pass(made: Made, 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         student.judged(window, teacher).loss.backward()
     assert kept
-    assert max(kept.values()) < 4 * smallest
+    assert max(kept) < 4 * smallest
     assert all(factor.grad is not None for factor in student.factors.values())
     assert all(tensor.grad is None for tensor in student.model.parameters() if not tensor.requires_grad)
 
@@ -177,7 +177,7 @@ def check_peak(job: Job, **settings: Any) -> None:
     measured = peak_of_training(base.beneath(artifact), config)
     assert measured == pytest.approx(foretold, rel=0.1), settings
     packed = sum(part["bytes"] for part in artifact.parts if part["name"] in ("codes", "scales"))
-    model = Model(**{key: value for key, value in checkpoint_sizes(job).items()})
+    model = Model(**checkpoint_sizes(job))
     again = training_peaks(config, model, packed, 4)
     assert again is not None
     assert again.packed == foretold
@@ -195,7 +195,9 @@ def peak_of_training(beneath: Artifact, config: Int21Config) -> int:
     optimizer = torch.optim.AdamW(student.factors.values(), foreach=False)
     vocabulary = student.model.config.vocab_size
     windows = torch.randint(vocabulary, (config.batch_size, config.window_tokens))
-    teacher = TopLogits.of(torch.zeros(config.batch_size, config.window_tokens - 1, vocabulary), 4).at(slice(None), "cpu")
+    teacher = TopLogits.of(torch.zeros(config.batch_size, config.window_tokens - 1, vocabulary), 4).at(
+        slice(None), "cpu"
+    )
 
     def step() -> None:
         student.judged(windows, teacher).loss.backward()
@@ -204,7 +206,11 @@ def peak_of_training(beneath: Artifact, config: Int21Config) -> int:
     step()
     standing = [*student.model.parameters(), *student.model.buffers(), *(f.grad for f in student.factors.values())]
     standing += [one for state in optimizer.state.values() for one in state.values()]
-    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in standing if tensor is not None}
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in standing
+        if tensor is not None
+    }
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = profile.profiler.kineto_results.events()
@@ -229,7 +235,9 @@ def test_training_leaves_the_base_as_it_was_bit_for_bit(job: Job, made: Made) ->
         ),
         device="cpu",
     )
-    ours = {name: digest for name, digest in made.output.blobs.items() if name in plain.blobs and name != "manifest.json"}
+    ours = {
+        name: digest for name, digest in made.output.blobs.items() if name in plain.blobs and name != "manifest.json"
+    }
     assert ours == {name: digest for name, digest in plain.blobs.items() if name != "manifest.json"}
     assert made.output.blobs.keys() - plain.blobs.keys() == {CONFIG_FILE, WEIGHTS_FILE}
     student = student_of(made.artifact)
@@ -252,7 +260,8 @@ def test_the_artifact_is_an_adapter_that_stock_peft_loads_on_the_base(made: Made
     assert len(names) == 14, "every linear of both blocks, and no other"
     ours = load_model(None, Artifact.open_folder(folder), "cpu", torch.float32)
     torch.testing.assert_close(logits(stock), logits(ours), rtol=1e-4, atol=1e-5)
-    assert not torch.equal(logits(ours), logits(dense.unload() if hasattr(dense, "unload") else stock.get_base_model()))
+    with stock.disable_adapter():
+        assert not torch.allclose(logits(stock), logits(ours), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3"])
@@ -267,7 +276,9 @@ def test_stock_peft_loads_it_on_other_families_too(family: str, tmp_path: Path) 
     ).eval()
     ours = load_model(None, made.artifact, "cpu", torch.float32)
     torch.testing.assert_close(logits(stock), logits(ours), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits(load_packed(made.artifact, "cpu", torch.float32)), logits(ours), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(load_packed(made.artifact, "cpu", torch.float32)), logits(ours), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_an_adapter_for_another_base_is_refused(job: Job, made: Made, tmp_path: Path) -> None:
@@ -370,7 +381,9 @@ def test_text_that_is_predicted_better_while_the_teacher_is_left_behind_is_said(
     made = job.run(objective="emef", num_bits=8, tokens=512, learning_rate=1e-2)
     assert made.training["ce_fell"]
     assert not made.training["kl_fell"]
-    assert any("did not come nearer to its teacher although the text itself is predicted better" in one for one in made.logs)
+    assert any(
+        "did not come nearer to its teacher although the text itself is predicted better" in one for one in made.logs
+    )
 
 
 def test_the_closed_form_is_the_best_low_rank_answer_to_a_weighted_error() -> None:
@@ -564,7 +577,15 @@ def test_without_a_text_the_model_writes_one(job: Job) -> None:
 
 def test_training_that_diverges_is_refused_with_what_helps(job: Job) -> None:
     with pytest.raises(CompressionError, match="lower learning_rate") as refused:
-        job.run(learning_rate=1.0, tokens=2048, num_bits=8, adapter_dtype="float32", objective="emef", rank=64, alpha=1 << 20)
+        job.run(
+            learning_rate=1.0,
+            tokens=2048,
+            num_bits=8,
+            adapter_dtype="float32",
+            objective="emef",
+            rank=64,
+            alpha=1 << 20,
+        )
     assert refused.value.code == "diverged"
 
 
