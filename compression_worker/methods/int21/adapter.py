@@ -28,7 +28,7 @@ ADAPTER = "default"
 
 
 class PackedLora(torch.nn.Module, LoraLayer):
-    """PEFT's LoRA layer around a linear of any packed kind that says its ``in_features`` and ``out_features``."""
+    """PEFT's LoRA layer around a linear of any packed kind, to which :func:`attach` gave its sides."""
 
     def __init__(
         self, base_layer: Any, adapter_name: str, config: Any, r: int = 0, lora_alpha: int = 1, **more: Any
@@ -50,14 +50,19 @@ class PackedLora(torch.nn.Module, LoraLayer):
         return module.in_features, module.out_features
 
 
-def attach(model: Any, paths: Collection[str], *, rank: int, alpha: int) -> Any:
-    """Put adapters on the linears at ``paths``, in place; ``B = 0``, so that the model answers as before."""
+def attach(model: Any, sides: Mapping[str, tuple[int, int]], *, rank: int, alpha: int) -> Any:
+    """Put adapters on linears, in place. ``sides``: path -> ``(N, K)``; until :func:`put` fills them, they do nothing.
+
+    What packs a linear need not know its inputs, so each is told.
+    """
     modules = dict(model.named_modules())
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(paths))
-    config._register_custom_module({type(modules[path]): PackedLora for path in paths})
+    for path, (outputs, inputs) in sides.items():
+        modules[path].out_features, modules[path].in_features = outputs, inputs
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(sides))
+    config._register_custom_module({type(modules[path]): PackedLora for path in sides})
     device = model.device
     inject_adapter_in_model(config, model, ADAPTER)
-    for parameter in factors(model, paths).values():
+    for parameter in factors(model, sides).values():
         parameter.data = parameter.data.to(device, torch.float32)
     return model
 
@@ -79,11 +84,11 @@ def put(model: Any, paths: Collection[str], values: Mapping[str, torch.Tensor]) 
             parameter.copy_(values[name])
 
 
-def fresh(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """Factors as PEFT begins them: ``A`` uniform (Kaiming), ``B`` zero. ``shapes``: path -> ``(N, K)``."""
+def fresh(sides: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """Factors as PEFT begins them: ``A`` uniform (Kaiming), ``B`` zero. ``sides``: path -> ``(N, K)``."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
-    for path, (outputs, inputs) in shapes.items():
+    for path, (outputs, inputs) in sides.items():
         first, second = keys(path)
         found[first] = torch.empty(rank, inputs)
         torch.nn.init.kaiming_uniform_(found[first], a=math.sqrt(5), generator=generator)

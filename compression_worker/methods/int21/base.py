@@ -24,7 +24,7 @@ from compression_worker.contracts import (
     canonical_json,
     sha256,
 )
-from compression_worker.making.table import Weigh
+from compression_worker.making.table import Weigh, sides_of
 from compression_worker.methods.int21.config import Int21Config
 
 NAME, VERSION = "int21", 1
@@ -98,6 +98,12 @@ def adapted(artifact: Artifact) -> dict[str, str]:
     names = [linear.name for linear in architecture.linears() if linear.name not in stacked]
     found = {name: architecture.memory.get(name, name) for name in names if table[name]["kind"] != "raw"}
     return {name: own.removesuffix(".weight") for name, own in found.items()}
+
+
+def sides(artifact: Artifact) -> dict[str, tuple[int, int]]:
+    """Path in the model -> ``(N, K)`` of the linears that carry an adapter."""
+    table = artifact.manifest["tensors"]
+    return {path: sides_of(table[name]) for name, path in adapted(artifact).items()}
 
 
 def architecture_of(artifact: Artifact) -> Architecture:

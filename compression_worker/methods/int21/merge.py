@@ -104,10 +104,10 @@ def load_packed(artifact: Artifact, device: str = "cpu", dtype: torch.dtype | No
 
     beneath = base_method.beneath(artifact)
     model: Any = base_method.implementation(beneath).load_packed(beneath, device, dtype)
-    paths = list(base_method.adapted(artifact).values())
+    sides = base_method.sides(artifact)
     layout = artifact.manifest["layout"]
     with Adapter(artifact) as stored:
-        adapter.attach(model, paths, rank=layout["rank"], alpha=layout["alpha"])
-        adapter.put(model, paths, stored.all())
+        adapter.attach(model, sides, rank=layout["rank"], alpha=layout["alpha"])
+        adapter.put(model, sides, stored.all())
     loaded: torch.nn.Module = model.eval().requires_grad_(False)
     return loaded

@@ -23,7 +23,7 @@ from compression_worker.architecture import blocks_of, build
 from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.distillation import scheduled
-from compression_worker.making.table import sides_of, six_digits
+from compression_worker.making.table import six_digits
 from compression_worker.methods.int21 import adapter
 from compression_worker.methods.int21 import base as base_method
 from compression_worker.methods.int21.config import Int21Config
@@ -59,11 +59,11 @@ class Student:
     def on(cls, base: Artifact, config: Int21Config, device: str) -> Student:
         """``base`` packed on ``device``, its adapters still as PEFT begins them."""
         model = base_method.implementation(base).load_packed(base, device, computing_dtype(device))
-        paths = list(base_method.adapted(base).values())
-        adapter.attach(model, paths, rank=config.rank, alpha=config.lora_alpha)
+        sides = base_method.sides(base)
+        adapter.attach(model, sides, rank=config.rank, alpha=config.lora_alpha)
         if config.checkpointing:
             checkpoint_blocks(model, base)
-        return cls(model, paths, device)
+        return cls(model, list(sides), device)
 
     @property
     def factors(self) -> dict[str, torch.nn.Parameter]:
@@ -199,9 +199,7 @@ def _beginning(
         found: dict[str, torch.Tensor] = {}
         with TensorFile(context.store.verified_path(context.input("start").blobs[ADAPTER_FILE])) as file:
             return found | {name: file.tensor(name) for name in file.entries}
-    table = base.manifest["tensors"]
-    shapes = {path: sides_of(table[name]) for name, path in base_method.adapted(base).items()}
-    return adapter.fresh(shapes, config.rank, context.spec.seed)
+    return adapter.fresh(base_method.sides(base), config.rank, context.spec.seed)
 
 
 def _optimizer(student: Student, values: Mapping[str, torch.Tensor], *, steps: int) -> torch.optim.AdamW:
