@@ -116,6 +116,23 @@ METHODS: dict[str, Method] = {
         ),
         needs_base=False,
     ),
+    "int21": Method(
+        label="INT2.1",
+        summary="A packed base of 2, 3, 4 or 8 bits that never changes, and low-rank adapters that learn what it lost.",
+        paper="arXiv:2306.08162",
+        config="compression_worker.methods.int21.config:Int21Config",
+        implementation="compression_worker.methods.int21.compress",
+        forecast="compression_worker.methods.int21.estimate",
+        when=(
+            "Where 2 or 3 bits alone lose too much, or where a small machine has to tune a large model: the adapters "
+            "are ordinary LoRA files that other tools load."
+        ),
+        costs=(
+            "The base is made first; then the full model answers the text once, and training reads it with the packed "
+            "model in memory: hours on a processor for a small model, so start with few tokens and look at the curve."
+        ),
+        needs_base=False,
+    ),
 }
 
 STEPS: dict[str, str] = {
@@ -136,6 +153,12 @@ STEPS: dict[str, str] = {
     "gptq.plan": "compression_worker.methods.gptq.compress:plan_step",
     "gptq.layers": "compression_worker.methods.gptq.compress:layers_step",
     "gptq.assemble": "compression_worker.methods.gptq.compress:assemble_step",
+    "int21.plan": "compression_worker.methods.int21.compress:plan_step",
+    "int21.start": "compression_worker.methods.int21.start:start_step",
+    "int21.train": "compression_worker.methods.int21.training:train_step",
+    "int21.assemble": "compression_worker.methods.int21.compress:assemble_step",
+    "teacher.text": "compression_worker.quantization.teacher:text_step",
+    "teacher.logits": "compression_worker.quantization.teacher:logits_step",
     "quantization.rest": "compression_worker.quantization.rest:rest_step",
     "quip_sharp.plan": "compression_worker.methods.quip_sharp.compress:plan_step",
     "quip_sharp.layers": "compression_worker.methods.quip_sharp.compress:layers_step",
@@ -184,6 +207,11 @@ NEEDS: dict[str, Need] = {
     "deltadq.assemble": Need(work="compression_worker.methods.deltadq.estimate:assemble_work"),
     "gptq.layers": Need(device=True, work="compression_worker.methods.gptq.estimate:layers_work"),
     "gptq.assemble": Need(work="compression_worker.methods.gptq.estimate:assemble_work"),
+    "int21.start": Need(device=True, work="compression_worker.methods.int21.estimate:start_work"),
+    "int21.train": Need(device=True, work="compression_worker.methods.int21.estimate:train_work"),
+    "int21.assemble": Need(work="compression_worker.methods.int21.estimate:assemble_work"),
+    "teacher.text": Need(work="compression_worker.quantization.estimate:text_work"),
+    "teacher.logits": Need(device=True, work="compression_worker.quantization.estimate:logits_work"),
     "quantization.rest": Need(work="compression_worker.quantization.estimate:rest_work"),
     "quip_sharp.layers": Need(device=True, work="compression_worker.methods.quip_sharp.estimate:layers_work"),
     "quip_sharp.tune_layers": Need(device=True, work="compression_worker.methods.quip_sharp.estimate:tune_layers_work"),

@@ -13,7 +13,19 @@ from collections.abc import Iterable, Mapping
 
 from compression_worker.contracts import Json
 
-PARTS = ("codes", "scales", "embeddings", "head", "norms", "biases", "other", "headers", "side files", "manifest")
+PARTS = (
+    "codes",
+    "scales",
+    "adapter",
+    "embeddings",
+    "head",
+    "norms",
+    "biases",
+    "other",
+    "headers",
+    "side files",
+    "manifest",
+)
 """The order in which parts are listed. ``manifest`` is added by readers: a file cannot hold its own size."""
 
 

@@ -63,6 +63,16 @@ def rest_work(params: Json, sizes: Mapping[str, float]) -> float:
     return sizes["kept_bytes"]
 
 
+def text_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Tokens cut into windows."""
+    return (params["windows"] + params["held_out"]) * sizes["window_tokens"]
+
+
+def logits_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Multiplications of the full model's forward pass."""
+    return params["count"] * sizes["window_tokens"] * sizes["parameters"]
+
+
 def hidden_bytes(sizes: Mapping[str, float]) -> int:
     """Hidden states between two steps."""
     return round(FLOAT * sizes["tokens"] * sizes["hidden"])

@@ -1,0 +1,244 @@
+"""The adapters learn: one chunk of optimizer steps as a step that takes up the state of the chunk before.
+
+Error correction (LREC) lowers the divergence from stored answers of the full-precision model
+(:mod:`compression_worker.quantization.divergence`); task tuning (EMEF) lowers the cross-entropy of the text on the same
+adapters. Which of both the paper's hybrid loss is, and that memory holds neither a dense weight nor the teacher, is our
+reading of it. A state is every factor and both of AdamW's moments in fp32: a run that was killed goes on, to equal
+bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from compression_worker.architecture import blocks_of, build
+from compression_worker.artifact import Artifact
+from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
+from compression_worker.distillation import scheduled
+from compression_worker.making.table import six_digits
+from compression_worker.methods.int21 import adapter
+from compression_worker.methods.int21 import base as base_method
+from compression_worker.methods.int21.config import Int21Config
+from compression_worker.methods.int21.memory import at_once
+from compression_worker.quantization.divergence import Divergence, divergence
+from compression_worker.quantization.teacher import (
+    HELD_OUT,
+    TRAINED,
+    TopLogits,
+    computing_dtype,
+    read_logits,
+    read_windows,
+)
+from compression_worker.tensors import Spec, TensorFile, raw_bytes, write_file
+
+STATE_FILE, ADAPTER_FILE = "state.safetensors", "adapter.safetensors"
+LREC, EMEF = "lrec", "emef"
+FIRST, SECOND = "#first", "#second"
+RISE = 0.05
+"""Share of the steps in which the learning rate rises."""
+LARGEST_GRADIENT = 1.0
+
+
+@dataclass
+class Student:
+    """The packed base with adapters that can learn; ``factors`` are the only tensors with a gradient."""
+
+    model: Any
+    paths: Sequence[str]
+    device: str
+
+    @classmethod
+    def on(cls, base: Artifact, config: Int21Config, device: str) -> Student:
+        """``base`` packed on ``device``, its adapters still as PEFT begins them."""
+        model = base_method.implementation(base).load_packed(base, device, computing_dtype(device))
+        sides = base_method.sides(base)
+        adapter.attach(model, sides, rank=config.rank, alpha=config.lora_alpha)
+        if config.checkpointing:
+            checkpoint_blocks(model, base)
+        return cls(model, list(sides), device)
+
+    @property
+    def factors(self) -> dict[str, torch.nn.Parameter]:
+        return adapter.factors(self.model, self.paths)
+
+    def judged(self, windows: torch.Tensor, teacher: TopLogits | None, **weights: float) -> Divergence:
+        """The loss of ``windows (B, T)``; ``teacher`` is what it answered there."""
+        windows = windows.to(self.device)
+        return divergence(self.model(windows, use_cache=False).logits, teacher, windows, **weights)
+
+
+def checkpoint_blocks(model: Any, base: Artifact) -> None:
+    """Have each transformer block keep its input alone, and run once more in the backward pass."""
+    modules = dict(model.named_modules())
+    for path, _ in blocks_of(build(base.config)):
+        block = modules[path]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def train_step(context: StepContext) -> StepOutput:
+    """Optimizer steps ``first`` to ``last`` of a phase; the output carries the state and what was measured."""
+    params = context.spec.params
+    config, phase, first, last = Int21Config(**params["config"]), params["phase"], params["first"], params["last"]
+    base = base_method.packed_base(context)
+    student = Student.on(base, config, context.device)
+    held = _HeldOut(context, config)
+    before = context.input("previous") if "previous" in context.spec.inputs else None
+    curve: list[Json] = list(before.data["curve"]) if before else [held.measured(student, 0, "base")]
+    values = _beginning(context, base, config, before)
+    adapter.put(student.model, student.paths, values)
+    if before is None and config.start != "zero":
+        curve.append(held.measured(student, 0, "start"))
+    optimizer = _optimizer(student, values, steps=first)
+    started = time.monotonic()
+    windows = _windows(context, config)
+    losses = _trained(context, student, optimizer, config, windows)
+    context.measure("seconds_per_training_step", (time.monotonic() - started) / (last - first))
+    if params["final"]:
+        _round(student, config)
+    tokens = curve[-1]["tokens"] + windows.numel()
+    curve.append(held.measured(student, tokens, phase))
+    context.log(
+        f"held-out KL {curve[-1]['kl']:.4g}, cross-entropy {curve[-1]['ce']:.4g} after {tokens:,} tokens", "info"
+    )
+    losses = (list(before.data["losses"]) if before else []) + [six_digits(loss) for loss in losses]
+    state = _state(student, optimizer)
+    return StepOutput(blobs={STATE_FILE: _written(context, state)}, data={"curve": curve, "losses": losses})
+
+
+def rate_at(config: Int21Config, step: int, total: int) -> float:
+    """The learning rate of ``step`` (from 0) of ``total``: a short rise, then a cosine to zero."""
+    rise = max(1, round(RISE * total))
+    return scheduled(config.learning_rate, "cosine", step, total) * min(1.0, (step + 1) / rise)
+
+
+def _parts(start: int, count: int, most: int) -> Iterator[slice]:
+    for first in range(start, start + count, most):
+        yield slice(first, min(first + most, start + count))
+
+
+def _windows(context: StepContext, config: Int21Config) -> torch.Tensor:
+    params = context.spec.params
+    start, count = params["window"], (params["last"] - params["first"]) * config.batch_size
+    return read_windows(context, TRAINED, slice(start, start + count))
+
+
+def _trained(
+    context: StepContext, student: Student, optimizer: Any, config: Int21Config, windows: torch.Tensor
+) -> list[float]:
+    """The loss of each optimizer step; a few windows go through the model at a time, and their gradients add up."""
+    params = context.spec.params
+    first, last, size = params["first"], params["last"], config.batch_size
+    teacher = read_logits(context, "teacher") if params["phase"] == LREC else None
+    weights = {"temperature": config.temperature, "ce_weight": config.ce_weight}
+    factors = list(student.factors.values())
+    together = at_once(size, windows.shape[1], int(student.model.config.vocab_size))
+    losses = []
+    for step in range(first, last):
+        loss = 0.0
+        for rows in _parts((step - first) * size, size, together):
+            known = teacher.at(rows, student.device) if teacher else None
+            part = student.judged(windows[rows], known, **weights).loss * ((rows.stop - rows.start) / size)
+            part.backward()
+            loss += float(part.detach())
+        norm = torch.nn.utils.clip_grad_norm_(factors, LARGEST_GRADIENT)
+        if not math.isfinite(loss) or not bool(norm.isfinite()):
+            raise CompressionError(
+                "diverged", f"the loss of training step {step + 1} is not finite: lower learning_rate"
+            )
+        optimizer.param_groups[0]["lr"] = rate_at(config, step, params["total"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss)
+        context.progress(step - first + 1, last - first, "training steps")
+    return losses
+
+
+class _HeldOut:
+    """Windows that nothing is trained on, and what the teacher answers there."""
+
+    def __init__(self, context: StepContext, config: Int21Config) -> None:
+        self._windows = read_windows(context, HELD_OUT)
+        self._teacher = read_logits(context, "held_out")
+        self._temperature = config.temperature
+
+    def measured(self, student: Student, tokens: int, phase: str) -> Json:
+        """Means over windows and their values one by one; the divergence is at the training's temperature."""
+        kl, ce = [], []
+        with torch.no_grad():
+            for at in range(len(self._windows)):
+                rows = slice(at, at + 1)
+                known = self._teacher.at(rows, student.device)
+                one = student.judged(self._windows[rows], known, temperature=self._temperature)
+                kl.append(float(one.kl))
+                ce.append(float(one.ce))
+        return {
+            "tokens": tokens,
+            "phase": phase,
+            "kl": six_digits(sum(kl) / len(kl)),
+            "ce": six_digits(sum(ce) / len(ce)),
+            "windows": [six_digits(one) for one in kl],
+        }
+
+
+def _beginning(
+    context: StepContext, base: Artifact, config: Int21Config, before: StepOutput | None
+) -> dict[str, torch.Tensor]:
+    """Factors, and moments where a phase goes on: of the chunk before, of the closed form, or PEFT's own."""
+    if before:
+        with TensorFile(context.store.verified_path(before.blobs[STATE_FILE])) as file:
+            return {name: file.tensor(name) for name in file.entries}
+    if "start" in context.spec.inputs:
+        found: dict[str, torch.Tensor] = {}
+        with TensorFile(context.store.verified_path(context.input("start").blobs[ADAPTER_FILE])) as file:
+            return found | {name: file.tensor(name) for name in file.entries}
+    return adapter.fresh(base_method.sides(base), config.rank, context.spec.seed)
+
+
+def _optimizer(student: Student, values: Mapping[str, torch.Tensor], *, steps: int) -> torch.optim.AdamW:
+    """AdamW after ``steps`` steps, its moments out of ``values``; a phase that begins has none."""
+    factors = student.factors
+    optimizer = torch.optim.AdamW(factors.values(), lr=0.0, weight_decay=0.0, foreach=False)
+    if steps:
+        for name, parameter in factors.items():
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(steps)),
+                "exp_avg": values[name + FIRST].to(student.device),
+                "exp_avg_sq": values[name + SECOND].to(student.device),
+            }
+    return optimizer
+
+
+def _round(student: Student, config: Int21Config) -> None:
+    """The factors as they will be stored, so that what is measured last is what is shipped."""
+    dtype = getattr(torch, config.adapter_dtype)
+    with torch.no_grad():
+        for parameter in student.factors.values():
+            if float(parameter.abs().max()) > torch.finfo(dtype).max:
+                raise CompressionError(
+                    "not_finite", f"a factor does not fit {config.adapter_dtype}: set adapter_dtype=bfloat16"
+                )
+            parameter.copy_(parameter.to(dtype))
+
+
+def _state(student: Student, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in student.factors.items():
+        moments = optimizer.state[parameter]
+        found[name] = parameter.detach()
+        found[name + FIRST], found[name + SECOND] = moments["exp_avg"], moments["exp_avg_sq"]
+    return found
+
+
+def _written(context: StepContext, tensors: Mapping[str, torch.Tensor]) -> str:
+    whole = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    with context.store.writer() as blob:
+        write_file(blob, {name: (Spec("F32", tuple(one.shape)), [raw_bytes(one)]) for name, one in whole.items()})
+    return blob.digest
