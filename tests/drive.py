@@ -61,6 +61,10 @@ def sample_set(name: str, kind: str) -> int:
     return evaluations.sample_set_create(actor=_person("engineer"), name=name, kind=kind, data=data).pk
 
 
+def sets() -> list[str]:
+    return list(SampleSet.objects.values_list("name", flat=True))
+
+
 def import_checkpoint(folder: str, name: str, base: int | None = None) -> int:
     above = Checkpoint.objects.get(pk=base) if base else None
     return registry.checkpoint_import(
@@ -155,7 +159,7 @@ def ping() -> bool:
 ACTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        people, rooms, sample_set, import_checkpoint, compress, evaluate, ask, approve, deploy, roll_back, job,
+        people, rooms, sample_set, sets, import_checkpoint, compress, evaluate, ask, approve, deploy, roll_back, job,
         forget_outputs, certified, reports, ping,
     )
 }  # fmt: skip

@@ -275,6 +275,73 @@ def test_another_method_shows_its_own_settings_and_keeps_what_both_ask(
         assert {str(one.get_attribute("name")) for one in page.locator("#job-form [name]").all()} >= own
 
 
+def test_a_base_model_is_quantized_at_two_widths_and_the_study_shows_both(
+    stack: RunningStack, browser: Browser
+) -> None:
+    for name in ("shakespeare-calibration", "shakespeare-heldout"):
+        if name not in stack.drive("sets"):
+            stack.drive("sample_set", name=name, kind="text")
+    base = stack.finish(stack.drive("import_checkpoint", folder="base", name="plain-base"))["checkpoint"]
+    stack.finish(stack.drive("import_checkpoint", folder="variant", name="plain", base=base))
+    engineer = Person(browser, stack.status()["address"], "engineer")
+    engineer.visit("/registry/checkpoints/plain-base/")
+    engineer.click("Compare methods", "link")
+    only_what_fits_is_offered(engineer)
+    ask_for_a_study(engineer)
+    follow_the_study(engineer)
+    what_a_width_made_stands_alone(engineer)
+    assert engineer.complaints == []
+
+
+def only_what_fits_is_offered(engineer: Person) -> None:
+    """As soon as another model is chosen, without a word from the person."""
+    ways = engineer.page.locator("#ways")
+    expect(ways.get_by_role("rowheader", name="GPTQ", exact=True)).to_be_visible()
+    expect(ways.get_by_role("rowheader", name="BitDelta")).to_have_count(0)
+    engineer.choose("Model", re.compile("^plain$"))
+    expect(ways.get_by_role("rowheader", name="BitDelta")).to_be_visible()
+    engineer.choose("Model", re.compile("^plain-base$"))
+    expect(ways.get_by_role("rowheader", name="BitDelta")).to_have_count(0)
+
+
+def ask_for_a_study(engineer: Person) -> None:
+    engineer.choose("Calibration text", re.compile("shakespeare-calibration"))
+    engineer.choose("Text set", re.compile("shakespeare-heldout"))
+    for width in ("8 bits", "4 bits"):
+        engineer.page.get_by_role("checkbox", name=f"GPTQ, {width}").check()
+    engineer.page.locator("#more-settings summary").click()
+    for label, value in (("Windows", "6"), ("Tokens to add", "4")):
+        engineer.fill(label, value)
+    preview = engineer.page.locator("#preview")
+    expect(preview.get_by_role("row").filter(has_text="GPTQ, 8 bits")).to_be_visible()
+    expect(preview).to_contain_text("It fits")
+    engineer.click("Queue the study")
+    expect(engineer.page.get_by_role("heading", level=1)).to_contain_text("Study")
+
+
+def follow_the_study(engineer: Person) -> None:
+    """The page follows by itself: compressions, then the evaluations that nobody had to ask for."""
+    main = engineer.page.get_by_role("main")
+    expect(main).to_contain_text("2 of 2 measured", timeout=4 * JOB_SECONDS * 1000)
+    expect(main).to_contain_text("complete")
+    table = main.get_by_role("table").last
+    four, eight = (table.get_by_role("row").filter(has_text=f"GPTQ, {bits} bits") for bits in (4, 8))
+    expect(four).to_contain_text(re.compile(r"4\.\d"))
+    expect(eight).to_contain_text(re.compile(r"8\.\d"))
+    for row in (four, eight):
+        expect(row).to_contain_text(re.compile(r"\d %"))  # the agreement
+        expect(row).to_contain_text(re.compile(r"\d s|min"))
+    expect(main.locator("figure svg path.join")).to_have_count(2)
+
+
+def what_a_width_made_stands_alone(engineer: Person) -> None:
+    engineer.page.get_by_role("main").get_by_role("table").last.get_by_role("link", name="GPTQ, 4 bits").click()
+    main = engineer.page.get_by_role("main")
+    expect(main).to_contain_text("it holds the whole model")
+    expect(main.get_by_role("heading", name="Proxy loss, matrix by matrix")).to_be_visible()
+    expect(main).to_contain_text("Relative proxy loss between")
+
+
 def test_pages_can_be_read_without_javascript(stack: RunningStack, browser: Browser, tmp_path: Path) -> None:
     with browser.new_context(java_script_enabled=False) as context:
         page = context.new_page()

@@ -247,7 +247,7 @@ def test_its_files_are_kept_when_the_weights_of_its_checkpoint_go(store: Store, 
     shelf = Shelf(store)
     base = shelf.checkpoint("base")
     variant = shelf.checkpoint("variant", base)
-    artifact = shelf.artifact(variant, base=variant)
+    artifact = shelf.artifact(variant, alone=True)
     make_escrow(variant, digest=shelf.blob("an escrow"), released_at=timezone.now())
     marks = storage_marks.find_marks(store, storage_marks.listing(store))
     assert shelf.files(artifact) <= marks.needed
