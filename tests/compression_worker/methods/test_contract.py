@@ -30,9 +30,14 @@ from compression_worker.samples import TEXT, parse_samples
 from compression_worker.store import Store
 from tests.families import FAMILIES, edit_weights, make_family_pair
 
+_BRIEF: Json = {"tokens": 128, "window_tokens": 32, "batch_size": 2, "held_out": 2, "rank": 2, "teacher_logits": 16}
 SETTINGS: dict[str, tuple[Json, Json]] = {
     "bitdelta": ({"distill_steps": 0}, {"distill_steps": 2, "batch_size": 2, "sequence_length": 32}),
     "gptq": ({"samples": 4, "length": 32, "num_bits": 8}, {"samples": 4, "length": 32, "inputs": "full"}),
+    "int21": (
+        {"samples": 4, "length": 32, "num_bits": 8, **_BRIEF},
+        {"samples": 4, "length": 32, "num_bits": 4, "start": "closed_form", "objective": "both", **_BRIEF},
+    ),
     "quip_sharp": ({"samples": 4, "length": 32, "passes": 1}, {"samples": 4, "length": 32, "passes": 0, "num_bits": 3}),
 }
 """Method -> its cheapest settings, and settings with a little training."""
