@@ -18,7 +18,7 @@ from dashboard.selectors.preflight import Preflight, compression_inputs, compres
 from dashboard.selectors.registry import checkpoint_numbered
 from dashboard.selectors.sizes import compressible
 
-SHARED_NAMES = ("variant", "calibration", "seed", "priority", "queue")
+SHARED_NAMES = ("variant", "calibration_set", "seed", "priority", "queue")
 """What stays as it is when another method is chosen: everything that is no method's own setting."""
 
 
@@ -34,7 +34,7 @@ class MethodForm(ConfigForm):
         empty_label=_("choose a variant"),
         help_text=_("The fine-tuned model to compress against its base."),
     )
-    calibration = forms.ModelChoiceField(
+    calibration_set = forms.ModelChoiceField(
         SampleSet.objects.none(),
         label=_("Calibration text"),
         required=False,
@@ -63,7 +63,7 @@ class MethodForm(ConfigForm):
         if present not in (None, *Priority.values):
             self.fields["priority"].choices = [*Priority.choices, (present, f"{present}")]  # type: ignore[attr-defined]
         self._choose_among(method)
-        self.fields["calibration"].queryset = sample_set_choices("text")  # type: ignore[attr-defined]
+        self.fields["calibration_set"].queryset = sample_set_choices("text")  # type: ignore[attr-defined]
 
     def _choose_among(self, method: str) -> None:
         """What may be compressed; another choice may leave other methods that fit, so their cards are asked for."""
@@ -89,13 +89,13 @@ class MethodForm(ConfigForm):
     def clean(self) -> dict[str, Any]:
         config = check_config(self, self.config, self.config_names)
         values = self.cleaned_data
-        if config is not None and "calibration" not in self.errors and not values.get("calibration"):
+        if config is not None and "calibration_set" not in self.errors and not values.get("calibration_set"):
             if values.get("distill_steps"):
                 self.add_error(
-                    "calibration", _("Distillation reads text: choose a set, or set the distillation steps to 0.")
+                    "calibration_set", _("Distillation reads text: choose a set, or set the distillation steps to 0.")
                 )
             elif getattr(config, "calibrates", False):
-                self.add_error("calibration", _("With these settings the method reads text: choose a set."))
+                self.add_error("calibration_set", _("With these settings the method reads text: choose a set."))
         return values
 
     def preflight(self) -> Preflight | None:
@@ -104,7 +104,7 @@ class MethodForm(ConfigForm):
         values = self.cleaned_data
         if "variant" not in values or not self.config_names <= values.keys():
             return None
-        inputs = compression_inputs(self.method, values["variant"], values.get("calibration"))
+        inputs = compression_inputs(self.method, values["variant"], values.get("calibration_set"))
         return compression_preflight(self.method, self.config(**self.config_values), inputs, self.queue)
 
 
@@ -113,7 +113,7 @@ def clone_initial(job: Job) -> dict[str, Any]:
     spec = job.spec or {}
     return {
         "variant": job.variant_id,
-        "calibration": spec.get("calibration"),
+        "calibration_set": spec.get("calibration"),
         "seed": spec.get("seed", 0),
         "priority": job.priority,
         "queue": job.queue,

@@ -17,7 +17,7 @@ from dashboard.pictures.svg import Picture, cut, drawing, rect, text, width_of
 TONES = 8
 SIGNS = {
     "tensor": "T", "row": "R", "column": "C", "group": "G", "masks": "M", "rank": "r", "raw": "=", "dropped": "×",
-    "sign": "S",
+    "sign": "S", "bits": "b", "groups": "g", "whole": "", "rows": "w",
 }  # fmt: skip
 LONGEST_SIGN = 9
 MIXED = "…"
@@ -58,7 +58,7 @@ def coding_picture(matrices: Sequence[Matrix]) -> Picture | None:
 
 
 def sign_table(codings: Sequence[str]) -> dict[str, str]:
-    """A short sign for each coding, no two the same: ``2 masks`` -> ``2M``, ``group 64`` -> ``G64``."""
+    """A short sign for each coding, no two the same: ``2 masks`` -> ``2M``, ``4 bits, 3 groups`` -> ``4b3g``."""
     signs: dict[str, str] = {}
     for coding in codings:
         pieces = re.findall(r"\d+|[^\W\d]+", coding)

@@ -104,7 +104,7 @@ def _compress(request: SignedInRequest, method: str, form: MethodForm, original:
         method=method,
         variant=values["variant"],
         config=form.config_values,
-        calibration=values["calibration"],
+        calibration=values["calibration_set"],
         seed=values["seed"],
         priority=values["priority"],
         cloned_from=original,

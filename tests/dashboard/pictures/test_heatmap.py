@@ -228,6 +228,7 @@ def test_signs_are_short_and_never_the_same() -> None:
     known = {
         "tensor": "T", "row": "R", "column": "C", "group 64": "G64", "2 masks": "2M", "rank 8": "r8", "dropped": "×",
         "2 masks, row": "2MR", "3 masks, group 128, rank 16": "3MG128r16",
+        "4 bits, 3 groups": "4b3g", "2 bits, whole rows": "2bw", "E8P, 2 bits, rank 8": "E8P2br8",
     }  # fmt: skip
     signs = sign_table([*known, "odd", "oddly", NASTY, "3 masks, group 128, rank 160"])
     assert {coding: signs[coding] for coding in known} == known

@@ -124,7 +124,7 @@ def test_distillation_without_text_is_refused_beside_the_text(
 ) -> None:
     values = {**JOB, "variant": world.variant.pk, "distill_steps": 20}
     response = client_as(Role.ENGINEER).post(reverse("job-create", args=["bitdelta"]), values)
-    assert list(response.context["form"].errors) == ["calibration"]
+    assert list(response.context["form"].errors) == ["calibration_set"]
 
 
 def test_a_clone_begins_with_what_the_original_said_and_shows_what_changed(

@@ -172,8 +172,8 @@ def test_settings_that_read_text_ask_for_it_beside_the_text(
 ) -> None:
     client = client_as(Role.ENGINEER)
     values = SENT | {"variant": world.variant.pk, "way": "far"}
-    assert list(client.post(sketch, values).context["form"].errors) == ["calibration"]
-    shown = client.post(sketch, values | {"calibration": world.text.pk, "check": "1"})
+    assert list(client.post(sketch, values).context["form"].errors) == ["calibration_set"]
+    shown = client.post(sketch, values | {"calibration_set": world.text.pk, "check": "1"})
     assert shown.context["form"].errors == {}
     assert shown.context["preflight"] is not None
 

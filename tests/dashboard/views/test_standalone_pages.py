@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from html import unescape
 from types import SimpleNamespace
 
@@ -10,7 +11,10 @@ import pytest
 from django.test import Client
 from django.urls import reverse
 
+from compression_worker.catalog import METHODS
+from dashboard.forms.config import as_data
 from dashboard.lifecycle import ApprovalState, Role
+from dashboard.models import Job
 from tests.factories import (
     deploy,
     make_approval,
@@ -67,6 +71,35 @@ def test_its_pictures_are_there(world: SimpleNamespace, client_as: ClientAs, alo
     other = page(client_as(Role.VIEWER), "artifact-detail", world.artifact.pk)
     assert "proxy loss" not in other
     assert "Training held" not in other
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_form_has_every_setting_of_its_method_beside_its_own_fields(
+    world: SimpleNamespace, client_as: ClientAs, method: str
+) -> None:
+    """A setting named like one of the form's own fields would take its place."""
+    own = {"variant", "calibration_set", "seed", "priority", "queue"}
+    assert own.isdisjoint(one.name for one in fields(METHODS[method].config_class()))
+    chosen = world.variant if METHODS[method].needs_base else world.base
+    address = f"{reverse('job-create', args=[method])}?variant={chosen.pk}"
+    shown = client_as(Role.ENGINEER).get(f"{address}&calibration_set={world.text.pk}")
+    assert shown.status_code == 200
+    assert shown.context["preflight"] is not None
+    assert f'value="{world.text.pk}" selected' in shown.content.decode()
+
+
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if not one.needs_base])
+def test_a_base_model_is_queued_by_the_form_as_it_opens(
+    world: SimpleNamespace, client_as: ClientAs, method: str
+) -> None:
+    client, address = client_as(Role.ENGINEER), reverse("job-create", args=[method])
+    form = client.get(f"{address}?variant={world.base.pk}&calibration_set={world.text.pk}").context["form"]
+    sent = client.post(address, as_data(form))
+    job = Job.objects.latest("pk")
+    assert sent.headers["Location"] == reverse("job-detail", args=[job.pk])
+    assert (job.method, job.variant, job.spec["calibration"]) == (method, world.base, world.text.pk)
+    again = client.get(f"{address}?from={job.pk}").context["form"]
+    assert again["calibration_set"].value() == world.text.pk
 
 
 def test_the_memo_speaks_of_no_delta(world: SimpleNamespace, client_as: ClientAs, alone: SimpleNamespace) -> None:
