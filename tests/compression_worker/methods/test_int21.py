@@ -166,7 +166,11 @@ def is_adapted(module: Any) -> bool:
 
 def test_memory_at_the_peak_is_foretold_within_a_tenth(tmp_path: Path) -> None:
     job = Job(tmp_path, make_tiny_pair(tmp_path, hidden=256, layers=4, vocab=2048)[0])
-    for settings in ({"window_tokens": 128}, {"window_tokens": 128, "checkpointing": False}, {"window_tokens": 32, "rank": 32}):
+    for settings in (
+        {"window_tokens": 128},
+        {"window_tokens": 128, "checkpointing": False},
+        {"window_tokens": 32, "rank": 32},
+    ):
         check_peak(job, **{"tokens": 256, "held_out": 1, "batch_size": 2, "samples": 2} | settings)
 
 
