@@ -55,13 +55,18 @@ def attach(model: Any, sides: Mapping[str, tuple[int, int]], *, rank: int, alpha
 
     What packs a linear need not know its inputs, so each is told.
     """
-    modules = dict(model.named_modules())
+    modules, device = dict(model.named_modules()), model.device
+    linears = {path: modules[path] for path in sides}
     for path, (outputs, inputs) in sides.items():
-        modules[path].out_features, modules[path].in_features = outputs, inputs
+        linears[path].out_features, linears[path].in_features = outputs, inputs
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(sides))
-    config._register_custom_module({type(modules[path]): PackedLora for path in sides})
-    device = model.device
+    config._register_custom_module({type(linear): PackedLora for linear in linears.values()})
+    bare = [linear for linear in linears.values() if not (hasattr(linear, "qweight") or hasattr(linear, "weight"))]
+    for linear in bare:
+        linear.weight = torch.empty(0, device=device)  # where the library looks for a device
     inject_adapter_in_model(config, model, ADAPTER)
+    for linear in bare:
+        del linear.weight
     for parameter in factors(model, sides).values():
         parameter.data = parameter.data.to(device, torch.float32)
     return model
