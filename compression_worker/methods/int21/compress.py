@@ -20,8 +20,8 @@ from compression_worker.contracts import CompressionError, Json, PlannedStep, St
 from compression_worker.making.assembly import Parcel, assemble
 from compression_worker.making.inputs import opened
 from compression_worker.making.table import six_digits
-from compression_worker.methods.int21 import base as base_method
 from compression_worker.methods.int21 import figures, layout
+from compression_worker.methods.int21 import packed_base as base_method
 from compression_worker.methods.int21.config import Int21Config
 from compression_worker.methods.int21.merge import load_model, load_packed, open_merged
 from compression_worker.methods.int21.training import LREC, STATE_FILE

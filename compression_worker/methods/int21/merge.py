@@ -14,7 +14,7 @@ from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError
 from compression_worker.making.loading import dense_model
 from compression_worker.making.reading import ArtifactTensors
-from compression_worker.methods.int21 import base as base_method
+from compression_worker.methods.int21 import packed_base as base_method
 from compression_worker.methods.int21.layout import PACKED_BASE, keys
 from compression_worker.tensors import TensorFile, TensorFiles
 

@@ -13,7 +13,7 @@ from compression_worker.contracts import Json, StepContext, StepOutput
 from compression_worker.making.inputs import opened
 from compression_worker.making.reading import ArtifactTensors
 from compression_worker.making.table import six_digits
-from compression_worker.methods.int21 import base as base_method
+from compression_worker.methods.int21 import packed_base as base_method
 from compression_worker.methods.int21.config import Int21Config
 from compression_worker.methods.int21.layout import keys
 from compression_worker.methods.int21.training import ADAPTER_FILE

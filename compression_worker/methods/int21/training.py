@@ -25,7 +25,7 @@ from compression_worker.contracts import CompressionError, Json, StepContext, St
 from compression_worker.distillation import scheduled
 from compression_worker.making.table import six_digits
 from compression_worker.methods.int21 import adapter
-from compression_worker.methods.int21 import base as base_method
+from compression_worker.methods.int21 import packed_base as base_method
 from compression_worker.methods.int21.config import Int21Config
 from compression_worker.methods.int21.memory import at_once
 from compression_worker.quantization.divergence import Divergence, divergence
