@@ -148,7 +148,15 @@ def test_every_declared_need_is_of_a_kind_of_step_and_its_work_can_be_loaded() -
         "calibration.tokens",
         "deltadq.search",
         "evaluation.target",
+        "gptq.layers",
+        "int21.start",
+        "int21.train",
+        "quip_sharp.layers",
+        "quip_sharp.teacher",
+        "quip_sharp.tune",
+        "quip_sharp.tune_layers",
         "release.rehearse",
+        "teacher.logits",
     }
 
 
@@ -281,7 +289,7 @@ def test_what_a_child_holds_without_a_model_is_what_the_constants_say(tmp_path: 
     peak = evaluate_base(World(store, base, variant, text), child)
     mapped = mapped_bytes(child.process.pid)
     child.end()
-    assert 0.85 < peak / PROCESS_BYTES < 1.05, peak
+    assert 0.85 < peak / PROCESS_BYTES < 1.1, peak
     # Each thread maps some 70 MB that it does not use, so that machines differ; two were measured.
     assert mapped - peak < ADDRESS_SPACE_BYTES * max(1.1, (os.cpu_count() or 1) / 2), (mapped, peak)
 
