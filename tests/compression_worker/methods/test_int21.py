@@ -19,7 +19,7 @@ from compression_worker.adapters import CONFIG_FILE, WEIGHTS_FILE
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import attach_folder
 from compression_worker.contracts import CompressionError, Json, StepOutput, StepSpec, canonical_json, sha256
-from compression_worker.methods.int21 import adapter, base
+from compression_worker.methods.int21 import adapter, packed_base
 from compression_worker.methods.int21.compress import load_model, load_packed
 from compression_worker.methods.int21.config import BASES, Int21Config
 from compression_worker.methods.int21.estimate import estimate, training_peaks
@@ -109,7 +109,7 @@ def logits(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 
 
 def student_of(artifact: Artifact, **settings: Any) -> Student:
-    return Student.on(base.beneath(artifact), Int21Config(**QUICK | settings), "cpu")
+    return Student.on(packed_base.beneath(artifact), Int21Config(**QUICK | settings), "cpu")
 
 
 EXACT = (1e-10, 1e-12)
@@ -135,8 +135,8 @@ def test_gradients_are_those_of_a_dense_layer_in_double(
     upstream = torch.randn((5, layer.out_features), generator=generator, dtype=torch.float64)
     ours = torch.autograd.grad(layer(x), (x, a, b), upstream)
 
-    beneath = base.beneath(artifact)
-    with base.implementation(beneath).open_merged(None, beneath) as tensors:
+    beneath = packed_base.beneath(artifact)
+    with packed_base.implementation(beneath).open_merged(None, beneath) as tensors:
         weight = tensors.tensor(f"{path}.weight", torch.float32).double()
     scale = layer.scaling[adapter.ADAPTER]
     assert scale == 2.0
@@ -190,7 +190,7 @@ def check_peak(job: Job, **settings: Any) -> None:
     artifact = job.run(**settings).artifact
     config = Int21Config(**QUICK | settings)
     foretold = artifact.manifest["figures"]["training"]["peak_bytes"]
-    measured = peak_of_training(base.beneath(artifact), config)
+    measured = peak_of_training(packed_base.beneath(artifact), config)
     assert measured == pytest.approx(foretold, rel=0.1), settings
     packed = sum(part["bytes"] for part in artifact.parts if part["name"] in ("codes", "scales"))
     model = Model(**checkpoint_sizes(job))
@@ -237,8 +237,8 @@ def peak_of_training(beneath: Artifact, config: Int21Config) -> int:
 @pytest.mark.parametrize("base_method", BASES)
 def test_with_b_zero_it_answers_exactly_as_its_base(job: Job, base_method: str) -> None:
     artifact = job.run(base_method=base_method).artifact
-    beneath = base.beneath(artifact)
-    alone = base.implementation(beneath).load_packed(beneath, "cpu", torch.float32)
+    beneath = packed_base.beneath(artifact)
+    alone = packed_base.implementation(beneath).load_packed(beneath, "cpu", torch.float32)
     assert torch.equal(logits(student_of(artifact, base_method=base_method).model), logits(alone))
 
 
@@ -271,8 +271,8 @@ def test_the_artifact_is_an_adapter_that_stock_peft_loads_on_the_base(made: Made
     from peft import PeftModel
 
     folder = made.folder(tmp_path / "artifact")
-    beneath = base.beneath(made.artifact)
-    dense = base.implementation(beneath).load_model(None, beneath, "cpu", torch.float32)
+    beneath = packed_base.beneath(made.artifact)
+    dense = packed_base.implementation(beneath).load_model(None, beneath, "cpu", torch.float32)
     stock = PeftModel.from_pretrained(dense, folder).eval()
     names = [name for name in dict(stock.named_modules()) if name.endswith("lora_A.default")]
     assert len(names) == 14, "every linear of both blocks, and no other"
@@ -290,9 +290,9 @@ def test_stock_peft_loads_it_on_other_families_too(family: str, base_method: str
     model = make_family_pair(tmp_path, family, dtype=torch.float32)[0]
     made = Job(tmp_path, model).run(base_method=base_method, num_bits=4)
     folder = made.folder(tmp_path / "artifact")
-    beneath = base.beneath(made.artifact)
+    beneath = packed_base.beneath(made.artifact)
     stock = PeftModel.from_pretrained(
-        base.implementation(beneath).load_model(None, beneath, "cpu", torch.float32), folder
+        packed_base.implementation(beneath).load_model(None, beneath, "cpu", torch.float32), folder
     ).eval()
     ours = load_model(None, made.artifact, "cpu", torch.float32)
     torch.testing.assert_close(logits(stock), logits(ours), rtol=1e-4, atol=1e-4)
