@@ -46,6 +46,7 @@ format: setup ## Format the code and apply the safe fixes
 bench: setup ## Run the benchmarks: extraction, memory, size, rollback under load, two workers, claims (half an hour)
 	$(BIN)/python -m tests.benchmarks.bench_bitdelta
 	$(BIN)/python -m tests.benchmarks.bench_deltadq
+	$(BIN)/python -m tests.benchmarks.bench_e8p
 	$(BIN)/python tests/benchmarks/rollback.py --rounds 50 --clients 4
 	$(BIN)/python tests/benchmarks/rollback_over_http.py --rounds 50 --clients 4
 	$(BIN)/python -m tests.benchmarks.two_workers
