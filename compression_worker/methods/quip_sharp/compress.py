@@ -171,7 +171,7 @@ def _figures(
                     "bits": config.num_bits,
                     "bytes": size,
                     "coding": f"E8P, {config.num_bits} bits",
-                    **{name: line[name] for name in ("damping", "rows", "origin")},
+                    **{name: line[name] for name in ("rho", "damping", "rows", "origin")},
                 }
             )
     curves = {name: curve for layer in layers for name, curve in layer.data.get("curves", {}).items()}

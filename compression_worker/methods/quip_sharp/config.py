@@ -70,8 +70,11 @@ class QuipSharpConfig:
         default=None,
         metadata={
             "label": "Width of the weights",
-            "help": "In units of the codebook (rho). Empty: 0.9, 0.98 or 1.03 at 2, 3 or 4 bits, as published.",
-            "empty": "as published",
+            "help": (
+                "In units of the codebook (rho). Empty: what loses least in each stack of matrices. Published: 0.9, "
+                "0.98 and 1.03 at 2, 3 and 4 bits."
+            ),
+            "empty": "of least loss",
             "advanced": True,
         },
     )
@@ -199,11 +202,6 @@ class QuipSharpConfig:
     def calibrates(self) -> bool:
         """Whether a calibration text is needed."""
         return self.calibration == "text"
-
-    @property
-    def width(self) -> float:
-        """rho, the paper's where none is set."""
-        return RHO[self.num_bits] if self.rho is None else self.rho
 
     @property
     def tunes_blocks(self) -> bool:

@@ -145,6 +145,7 @@ class _Work:
             rotation,
             rows=found["rows"],
             origin=found["origin"],
+            rho=coded.rho,
             damping=coded.damping,
             feedback=coded.feedback,
             dead=int((hessian.diagonal() <= 0).sum()),

@@ -3,7 +3,8 @@
 Matrices ``W_i (N_i, K)`` that read one input, each divided by ``s_i = RMS(W_i)`` and stacked, are rotated to ``Wt (N',
 K')`` and rounded as ``Wt rho / RMS(Wt)`` by block LDLQ with 8 columns at a time (QuIP#, arXiv 2402.04396, sections 3 to
 4 and F.5). ``W_i = scale_i diag(s_out) M diag(s_in)`` with ``M`` the rotated points turned back, in units of the
-codebook, and ``scale_i = s_i RMS(Wt) / rho``.
+codebook, and ``scale_i = s_i RMS(Wt) / rho``. Beyond the paper, which has one rho for each number of bits, a stack
+takes the one of least loss unless rho is given.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ from dataclasses import dataclass
 import torch
 
 from compression_worker.methods.quip_sharp.codebook import RESIDUAL_SCALE, E8PRounder, planes
-from compression_worker.methods.quip_sharp.config import QuipSharpConfig
+from compression_worker.methods.quip_sharp.config import RHO, QuipSharpConfig
 from compression_worker.methods.quip_sharp.rotation import WORD, Rotation
-from compression_worker.quantization.rounding import factor, ldlq, proxy_loss
+from compression_worker.quantization.rounding import Factor, factor, ldlq, proxy_loss
 from kernels.e8p_matmul.reference import E8PWeight
+
+SAMPLE_ROWS = 64
+"""Rows of a stack on which the width is chosen."""
+SHARES = (0.95, 1.03, 1.11, 1.19)
+"""Widths that are tried, over the published one."""
 
 
 class Lattice:
@@ -46,13 +52,15 @@ class Piece:
 class Coded:
     """``planes``: ``(N', K'/8)`` each, the first code words and, at 3 and 4 bits, the second. ``scales (pieces,)``.
 
-    ``turned (N, K)`` is ``M``. ``damping`` is what the factor of the Hessian needed, ``feedback`` whether it had one.
+    ``turned (N, K)`` is ``M``. ``rho`` is the width that was used, ``damping`` what the factor of the Hessian needed,
+    ``feedback`` whether there is such a factor.
     """
 
     planes: tuple[torch.Tensor, ...]
     scales: torch.Tensor
     turned: torch.Tensor
     pieces: tuple[Piece, ...]
+    rho: float
     damping: float
     feedback: bool
 
@@ -73,16 +81,32 @@ def quantize(
     whole = spreads.where(spreads > 0, 1.0)
     stack = torch.cat([weight / spread for weight, spread in zip(weights, whole, strict=True)])
     rotated = rotation.weight(stack, s_in, s_out)
-    unit = rotated.square().mean().sqrt() / config.width
-    unit = unit.where(unit > 0, 1.0)
+    spread = rotated.square().mean().sqrt()
+    spread = spread.where(spread > 0, 1.0)
     found = factor(rotation.hessian(hessian, s_in), WORD, config.damping)
     rounding = Lattice(config.num_bits, joint=config.joint_search)
+    rho = config.rho or best_width(rotated / spread, found, config)
+    unit = spread / rho
     rounded = ldlq(rotated / unit, found, rounding, passes=config.passes)
     turned = rotation.back(rounded.values.T)
     scales = spreads * unit
     pieces = compared(weights, turned, scales, (s_in, s_out), hessian)
     made = tuple(plane.contiguous().cpu() for plane in planes(rounded.codes.T.contiguous(), config.num_bits))
-    return Coded(made, scales.cpu(), turned, pieces, found.damping, found.upper is not None)
+    return Coded(made, scales.cpu(), turned, pieces, rho, found.damping, found.upper is not None)
+
+
+def best_width(rotated: torch.Tensor, found: Factor, config: QuipSharpConfig) -> float:
+    """rho of least loss on :data:`SAMPLE_ROWS` rows of ``rotated (K', N')``, whose mean square is 1.
+
+    Rows are rounded independently of each other, and rotated ones are alike, so that a few speak for all.
+    """
+    step = max(1, rotated.shape[1] // SAMPLE_ROWS)
+    rows = rotated[:, ::step][:, :SAMPLE_ROWS]
+    widths = [round(share * RHO[config.num_bits], 4) for share in SHARES]
+    targets = torch.cat([rows * rho for rho in widths], dim=1)
+    values = ldlq(targets, found, Lattice(config.num_bits)).values.split(rows.shape[1], dim=1)
+    losses = [proxy_loss(rows, one / rho, found.hessian) for rho, one in zip(widths, values, strict=True)]
+    return widths[losses.index(min(losses))]
 
 
 def compared(

@@ -38,7 +38,10 @@ SETTINGS: dict[str, tuple[Json, Json]] = {
         {"samples": 4, "length": 32, "num_bits": 8, **_BRIEF},
         {"samples": 4, "length": 32, "num_bits": 4, "start": "closed_form", "objective": "both", **_BRIEF},
     ),
-    "quip_sharp": ({"samples": 4, "length": 32, "passes": 1}, {"samples": 4, "length": 32, "passes": 0, "num_bits": 3}),
+    "quip_sharp": (
+        {"samples": 4, "length": 32, "passes": 1},
+        {"samples": 4, "length": 32, "passes": 0, "tuning": "both", "block_epochs": 1, "tuning_epochs": 1},
+    ),
 }
 """Method -> its cheapest settings, and settings with a little training."""
 TRAINED_FAMILIES = ("llama", "qwen2", "phi3", "gpt2", "mixtral")
@@ -167,7 +170,10 @@ def check(made: Compressed, out: Path) -> None:
     assert restored.keys() == variant.keys()
     assert {n: (t.shape, t.dtype) for n, t in restored.items()} == {n: (t.shape, t.dtype) for n, t in variant.items()}
     for name in (name for name, tensor in variant.items() if tensor.ndim == 1):
-        assert torch.equal(restored[name], variant[name]), f"{name}: norms and biases are the variant's own"
+        if manifest["tensors"][name]["kind"] in ("raw", "base"):
+            assert torch.equal(restored[name], variant[name]), f"{name}: norms and biases are the variant's own"
+        else:
+            torch.testing.assert_close(restored[name], variant[name], rtol=0.05, atol=0.02)  # trained, a little
     coded = {line["name"] for line in manifest["figures"]["matrices"]}
     assert coded >= {linear.name for linear in describe(made.artifact.config).linears()}, "every linear, every expert"
     assert all(line["relative_error"] >= 0 for line in manifest["figures"]["matrices"])

@@ -18,7 +18,7 @@ from compression_worker.artifact import Artifact, load_compressed_model
 from compression_worker.checkpoints import attach_folder
 from compression_worker.contracts import CompressionError, Json, StepOutput, StepSpec
 from compression_worker.methods.quip_sharp.codebook import E8PRounder
-from compression_worker.methods.quip_sharp.config import QuipSharpConfig
+from compression_worker.methods.quip_sharp.config import RHO, QuipSharpConfig
 from compression_worker.methods.quip_sharp.layout import LAYOUT
 from compression_worker.methods.quip_sharp.loading import load_packed
 from compression_worker.methods.quip_sharp.merge import LatticeTensors
@@ -139,6 +139,14 @@ def test_what_is_stored_is_what_was_rounded(bits: int) -> None:
     assert [plane.shape for plane in made.planes] == [(34, 6)] * (1 if bits == 2 else 2)
     back = rotation.back(decode_matrix(code_words(made.planes, bits)))
     torch.testing.assert_close(back, made.turned, rtol=0, atol=2e-5)
+
+
+def test_the_width_that_is_found_loses_no_more_than_the_published_one() -> None:
+    weight, second, rotation = gaussian(256, 128), hessian(128), Rotation.of(256, 128, 0, 0)
+    published, found = (quantize([weight], second, rotation, QuipSharpConfig(rho=rho, passes=0)) for rho in (0.9, None))
+    assert published.rho == 0.9
+    assert found.rho > 0.92
+    assert found.pieces[0].proxy_loss < published.pieces[0].proxy_loss
 
 
 def test_joint_search_loses_less_than_greedy_stages() -> None:
@@ -343,8 +351,8 @@ def test_lines_that_do_not_fit_their_tensors_are_refused(bench: Bench) -> None:
 
 def test_published_settings_are_the_defaults() -> None:
     config = QuipSharpConfig()
-    assert (config.width, config.sign_rate, config.passes, config.damping) == (0.9, 5e-4, 10, 0.01)
-    assert [QuipSharpConfig(num_bits=bits).width for bits in (3, 4)] == [0.98, 1.03]
+    assert (config.sign_rate, config.passes, config.damping, config.learning_rate) == (5e-4, 10, 0.01, 5e-5)
+    assert RHO == {2: 0.9, 3: 0.98, 4: 1.03}
     assert QuipSharpConfig(num_bits=4).sign_rate == 5e-5
     assert asdict(config)["fuse"]
 
