@@ -285,7 +285,7 @@ def test_a_preflight_asks_the_database_little(monkeypatch: pytest.MonkeyPatch) -
     from dashboard.selectors.preflight import compression_inputs, compression_preflight
 
     worker(memory_bytes=6_000_000_000)
-    inputs = compression_inputs(variant(), text())
+    inputs = compression_inputs("bitdelta", variant(), text())
     with CaptureQueriesContext(connection) as queries:
         found = compression_preflight("bitdelta", BitDeltaConfig(batch_size=1024), inputs, "cpu")
     assert not found.fits

@@ -79,7 +79,7 @@ def test_a_job_that_cannot_fit_is_said_to_before_and_refused_on_the_form(
 ) -> None:
     client, values = client_as(Role.ENGINEER), {**JOB, "variant": world.variant.pk, "distill_steps": 20}
     values |= {"calibration_set": world.text.pk}
-    small_worker(550_000_000)
+    small_worker(580_000_000)
     shown = client.post(address, values | {"check": "1"})
     assert "It does not fit" in words(shown)
     link = next(href for _remedy, href in shown.context["remedies"])
