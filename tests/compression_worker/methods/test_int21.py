@@ -602,17 +602,11 @@ def test_without_a_text_the_model_writes_one(job: Job) -> None:
     assert output.data["figures"]["training"]["tokens"] == 128
 
 
-def test_training_that_diverges_is_refused_with_what_helps(job: Job) -> None:
+def test_training_that_diverges_is_refused_with_what_helps(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Clipped gradients and norms hold whatever the settings allow; only a step beyond all bounds overflows.
+    monkeypatch.setattr("compression_worker.methods.int21.training.rate_at", lambda *given: 1e30)
     with pytest.raises(CompressionError, match="lower learning_rate") as refused:
-        job.run(
-            learning_rate=1.0,
-            tokens=2048,
-            num_bits=8,
-            adapter_dtype="float32",
-            objective="emef",
-            rank=64,
-            alpha=1 << 20,
-        )
+        job.run(tokens=2048, num_bits=8, objective="emef", adapter_dtype="bfloat16")
     assert refused.value.code == "diverged"
 
 
