@@ -37,6 +37,7 @@ from compression_worker.quantization.calibration import (
     planned,
 )
 from compression_worker.quantization.rest import TRANSFORMERS, checked_source, loadable, rest_planned
+from compression_worker.quantization.windows import window_length
 from compression_worker.tensors import write_file
 
 __all__ = ["assemble_step", "layers_step", "load_model", "load_packed", "open_merged", "plan_step"]
@@ -63,7 +64,7 @@ def plan_step(context: StepContext) -> StepOutput:
         context.log(f"a group is {words}", "info")
     blocks = len(architecture.blocks)
     full = config.inputs == "full"
-    sampling = Sampling(samples=config.samples, length=_length(config, checkpoint.manifest["config"], context))
+    sampling = Sampling(samples=config.samples, length=window_length(context, checkpoint, config.length))
     steps = planned(sampling, source, 0, context.spec.seed, blocks, hessians=full)
     steps += _layers(config, architecture, source["variant"], len(steps), size)
     layers = {f"layers-{at:05d}": f"@{at}" for at, step in enumerate(steps) if step.kind == "gptq.layers"}
@@ -226,14 +227,6 @@ def _seen(block: Block, stage: list[Group], states: HiddenStates, device: str) -
     for windows in states.batches():
         block.see(stage, states.read(windows, device), moments.take, stop=True)
     return moments
-
-
-def _length(config: GPTQConfig, said: Json, context: StepContext) -> int:
-    """Tokens of a window, not more than the model can read."""
-    most = said.get("max_position_embeddings") or said.get("n_positions") or config.length
-    if config.length > most:
-        context.log(f"the model reads {most} tokens at most: windows are that long, not {config.length}", "warning")
-    return min(config.length, int(most))
 
 
 def _layers(
