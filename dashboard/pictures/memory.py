@@ -1,4 +1,4 @@
-"""What a training really held in memory, beside what other ways of training the same model hold: bars to one scale."""
+"""What a training holds in memory, beside what other ways of training the same model hold: bars to one scale."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ GAP = 12
 
 @dataclass(frozen=True)
 class _Way:
-    """A way of training: its name, the most bytes that it holds at once, and whether that was measured."""
+    """A way of training: its name, the most bytes of tensors that it holds at once, and whether it is the job's own."""
 
     label: str
     size_bytes: int
-    is_measured: bool = False
+    is_own: bool = False
 
 
 def memory_picture(training: Mapping[str, Any]) -> Picture | None:
     """``training``: figures of an artifact with ``peak_bytes`` and what else is known; None where nothing compares."""
     ways = _ways(training)
-    if len(ways) < 2 or not ways[0].is_measured:
+    if len(ways) < 2 or not ways[0].is_own:
         return None
     largest = max(way.size_bytes for way in ways)
     left = max(width_of(way.label, 12) for way in ways) + GAP
@@ -37,12 +37,12 @@ def memory_picture(training: Mapping[str, Any]) -> Picture | None:
     for at, way in enumerate(ways):
         shapes += _bar(way, ways[0], at * ROW, left, room / largest)
     about = _(
-        "Bars to one scale: the most memory that training holds at once. The first was measured, the others computed."
+        "Bars to one scale: the most memory of tensors that training holds at once, computed from shapes and settings."
     )
     return Picture(
         title=title,
         svg=drawing(title, WIDTH, len(ways) * ROW, shapes, about=about),
-        columns=(_("way of training"), _("bytes at once"), _("against this one"), _("source")),
+        columns=(_("way of training"), _("bytes at once"), _("against this one")),
         rows=[_row(way, ways[0]) for way in ways],
         numeric=frozenset({1, 2}),
     )
@@ -56,8 +56,8 @@ def _ways(training: Mapping[str, Any]) -> list[_Way]:
         ("full_finetune_bytes", _("every weight trained"), False),
     )
     return [
-        _Way(label, int(training[name]), is_measured)
-        for name, label, is_measured in known
+        _Way(label, int(training[name]), is_own)
+        for name, label, is_own in known
         if isinstance(training.get(name), int | float) and training[name] > 0
     ]
 
@@ -66,17 +66,17 @@ def _finding(ways: Sequence[_Way]) -> str:
     own, other = ways[0], ways[1]
     words = {"own": byte_words(own.size_bytes), "other": byte_words(other.size_bytes), "way": other.label}
     if own.size_bytes >= other.size_bytes:
-        return _("Training held %(own)s at once; %(way)s needs %(other)s") % words
+        return _("Training holds %(own)s at once; %(way)s needs %(other)s") % words
     words["ratio"] = ratio_words(other.size_bytes / own.size_bytes)
-    return _("Training held %(own)s at once, %(ratio)s less than %(way)s, which needs %(other)s") % words
+    return _("Training holds %(own)s at once, %(ratio)s less than %(way)s, which needs %(other)s") % words
 
 
 def _bar(way: _Way, own: _Way, y: float, left: float, scale: float) -> list[object]:
     width = max(way.size_bytes * scale, 1.5)
     words = byte_words(way.size_bytes)
-    if not way.is_measured:
+    if not way.is_own:
         words += f" · {ratio_words(way.size_bytes / own.size_bytes)}"
-    tone = "fill-accent" if way.is_measured else "fill-muted"
+    tone = "fill-accent" if way.is_own else "fill-muted"
     return [
         text(0, y + 15, way.label, class_="label"),
         rect(left, y, width, BAR, class_=tone, hover=f"{way.label} · {words}"),
@@ -85,9 +85,4 @@ def _bar(way: _Way, own: _Way, y: float, left: float, scale: float) -> list[obje
 
 
 def _row(way: _Way, own: _Way) -> tuple[object, ...]:
-    return (
-        way.label,
-        whole(way.size_bytes),
-        ratio_words(way.size_bytes / own.size_bytes),
-        _("measured") if way.is_measured else _("computed"),
-    )
+    return way.label, whole(way.size_bytes), ratio_words(way.size_bytes / own.size_bytes)

@@ -19,6 +19,7 @@ STARTS = ("zero", "closed_form")
 OBJECTIVES = ("lrec", "emef", "both")
 SOURCES = ("text", "generations")
 ADAPTER_DTYPES = ("float16", "bfloat16", "float32")
+LEAST_TEMPERATURE = 0.05
 FOR_BASE = ("num_bits", "group_size", "samples", "length", "calibration")
 """Settings that are handed to the method of the base, where it has them."""
 
@@ -197,6 +198,11 @@ class Int21Config:
         if self.alpha is not None:
             whole_number("alpha", self.alpha, 1, 1 << 20)
         positive("temperature", self.temperature, 100.0)
+        if self.temperature < LEAST_TEMPERATURE:
+            raise CompressionError(
+                "bad_setting",
+                f"temperature is {self.temperature}; below {LEAST_TEMPERATURE} an answer is one token and no distribution",
+            )
         if type(self.ce_weight) not in (int, float) or not 0 <= self.ce_weight < 1:
             raise CompressionError(
                 "bad_setting",

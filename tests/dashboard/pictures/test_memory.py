@@ -1,4 +1,4 @@
-"""Memory of a training beside other ways of training: to one scale, the measured one first, each with its source."""
+"""Memory of a training beside other ways of training: to one scale, the job's own first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAINING = {
 }
 
 
-def test_bars_are_to_one_scale_and_only_one_is_measured() -> None:
+def test_bars_are_to_one_scale_and_only_one_is_the_jobs_own() -> None:
     picture = memory_picture(TRAINING)
     assert picture is not None
     assert inside(picture)
@@ -27,24 +27,24 @@ def test_bars_are_to_one_scale_and_only_one_is_measured() -> None:
     assert [width / widths[0] for width in widths] == pytest.approx([1, 3, 5.6, 20], rel=1e-2)
     assert len(shapes(picture, "rect", "fill-accent")) == 1
     assert picture.title == (
-        "Training held 5.00 GB at once, 3.00× less than LoRA on 16-bit weights, which needs 15.0 GB"
+        "Training holds 5.00 GB at once, 3.00× less than LoRA on 16-bit weights, which needs 15.0 GB"
     )
     assert [row[1:] for row in picture.rows] == [
-        ("5,000,000,000", "1.00×", "measured"),
-        ("15,000,000,000", "3.00×", "computed"),
-        ("28,000,000,000", "5.60×", "computed"),
-        ("100,000,000,000", "20.0×", "computed"),
+        ("5,000,000,000", "1.00×"),
+        ("15,000,000,000", "3.00×"),
+        ("28,000,000,000", "5.60×"),
+        ("100,000,000,000", "20.0×"),
     ]
 
 
 def test_what_is_not_less_is_not_called_less() -> None:
     picture = memory_picture(TRAINING | {"peak_bytes": 20_000_000_000})
     assert picture is not None
-    assert picture.title == "Training held 20.0 GB at once; LoRA on 16-bit weights needs 15.0 GB"
+    assert picture.title == "Training holds 20.0 GB at once; LoRA on 16-bit weights needs 15.0 GB"
 
 
 @pytest.mark.parametrize("figures", [{}, {"peak_bytes": 5}, {"lora_fp16_bytes": 5, "lora_fp32_bytes": 6}])
-def test_without_two_figures_of_which_one_is_measured_there_is_no_picture(figures: dict[str, int]) -> None:
+def test_without_two_figures_of_which_one_is_its_own_there_is_no_picture(figures: dict[str, int]) -> None:
     assert memory_picture(figures) is None
 
 
