@@ -574,7 +574,7 @@ def test_the_rate_rises_for_a_moment_and_falls_to_zero() -> None:
         ({"objective": "kl"}, "objective is 'kl'"),
         ({"ce_weight": 1}, "for 1 set objective=emef"),
         ({"temperature": 0}, "temperature is 0"),
-        ({"temperature": 0.01}, "one token and no distribution"),
+        ({"temperature": 0.01}, "one token, no distribution"),
         ({"adapter_dtype": "int8"}, "adapter_dtype is 'int8'"),
         ({"held_out": 0}, "held_out is 0"),
     ],
