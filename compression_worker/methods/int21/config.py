@@ -201,8 +201,7 @@ class Int21Config:
         if self.temperature < LEAST_TEMPERATURE:
             raise CompressionError(
                 "bad_setting",
-                f"temperature is {self.temperature}; below {LEAST_TEMPERATURE} answers are one token and no "
-                "distribution",
+                f"temperature is {self.temperature}; below {LEAST_TEMPERATURE} an answer is one token, no distribution",
             )
         if type(self.ce_weight) not in (int, float) or not 0 <= self.ce_weight < 1:
             raise CompressionError(

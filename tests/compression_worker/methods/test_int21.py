@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from compression_worker import artifact as artifacts
 from compression_worker.adapters import CONFIG_FILE, WEIGHTS_FILE
@@ -26,7 +26,7 @@ from compression_worker.methods.int21.estimate import estimate, training_peaks
 from compression_worker.methods.int21.memory import adapter_parameters
 from compression_worker.methods.int21.overhead import overhead
 from compression_worker.methods.int21.start import closed_form
-from compression_worker.methods.int21.training import Student, rate_at
+from compression_worker.methods.int21.training import STATE_FILE, Student, rate_at
 from compression_worker.preflight import Inputs, Model
 from compression_worker.quantization.teacher import TopLogits
 from compression_worker.runner import Runner, resolve_inputs, run_plan
@@ -574,7 +574,7 @@ def test_the_rate_rises_for_a_moment_and_falls_to_zero() -> None:
         ({"objective": "kl"}, "objective is 'kl'"),
         ({"ce_weight": 1}, "for 1 set objective=emef"),
         ({"temperature": 0}, "temperature is 0"),
-        ({"temperature": 0.01}, "one token and no distribution"),
+        ({"temperature": 0.01}, "one token, no distribution"),
         ({"adapter_dtype": "int8"}, "adapter_dtype is 'int8'"),
         ({"held_out": 0}, "held_out is 0"),
     ],
@@ -602,11 +602,22 @@ def test_without_a_text_the_model_writes_one(job: Job) -> None:
     assert output.data["figures"]["training"]["tokens"] == 128
 
 
-def test_training_that_diverges_is_refused_with_what_helps(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Clipped gradients and norms hold whatever the settings allow; only a step beyond all bounds overflows.
-    monkeypatch.setattr("compression_worker.methods.int21.training.rate_at", lambda *given: 1e30)
+def test_training_that_diverges_is_refused_with_what_helps(job: Job) -> None:
+    """A state that has grown beyond all bounds, as a rate that is too high leaves it behind."""
+    digests: list[str] = []
+    for step in plan_of(job, chunk_tokens=32):
+        inputs = resolve_inputs(step.inputs, digests)
+        if "previous" in inputs:
+            break
+        spec = StepSpec(kind=step.kind, params=step.params, inputs=inputs, seed=step.seed)
+        digests.append(Runner(store=job.store, device="cpu").compute(spec, lambda event: None)[0])
+    before = StepOutput.from_bytes(job.store.read_bytes(inputs["previous"]))
+    grown = {name: tensor * 1e30 for name, tensor in load_file(job.store.path(before.blobs[STATE_FILE])).items()}
+    blob = job.store.write_bytes(save(grown))
+    inputs["previous"] = job.store.write_bytes(StepOutput(blobs={STATE_FILE: blob}, data=before.data).to_bytes())
+    spec = StepSpec(kind=step.kind, params=step.params, inputs=inputs, seed=step.seed)
     with pytest.raises(CompressionError, match="lower learning_rate") as refused:
-        job.run(tokens=2048, num_bits=8, objective="emef", adapter_dtype="bfloat16")
+        Runner(store=job.store, device="cpu").compute(spec, lambda event: None)
     assert refused.value.code == "diverged"
 
 
