@@ -153,7 +153,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         measured(text_set=questions)
     with pytest.raises(Refused, match="not a multiple-choice set"):
         measured(text_set=None, choice_set=text)
-    with pytest.raises(Refused, match="another variant"):
+    with pytest.raises(Refused, match="made from another model"):
         measured(variant=checkpoint("other"), artifact=made, text_set=text)
     with pytest.raises(Refused):
         measured(text_set=text, config={"max_windows": 0})
