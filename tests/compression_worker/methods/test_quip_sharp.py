@@ -255,7 +255,8 @@ def test_transformers_loads_the_folder_in_either_order_of_imports(tmp_path: Path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     model: Any = load_compressed_model(bench.store, None, output.data["artifact"], dtype=torch.float32)
-    assert torch.equal(torch.load(out, weights_only=True), model(TOKENS).logits)
+    # two processes may sum in another order, even of the same weights
+    torch.testing.assert_close(torch.load(out, weights_only=True), model(TOKENS).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers() -> None:

@@ -65,12 +65,12 @@ def test_its_pictures_are_there(world: SimpleNamespace, client_as: ClientAs, alo
         "Relative proxy loss between",
         "Relative error between",
         "Training: the loss goes from",
-        "Training held 60.0 MB at once, 2.00× less than LoRA on 16-bit weights",
+        "Training holds 60.0 MB at once, 2.00× less than LoRA on 16-bit weights",
     ):
         assert title in shown
     other = page(client_as(Role.VIEWER), "artifact-detail", world.artifact.pk)
     assert "proxy loss" not in other
-    assert "Training held" not in other
+    assert "Training holds" not in other
 
 
 @pytest.mark.parametrize("method", METHODS)
