@@ -37,6 +37,8 @@ COLUMNS = (
     *("form", "bits/weight, linears", "whole file", "MB", "perplexity", "KL", "top-1 %"),
     *("CPU s", "peak MB", "KL against the best peer of as many bits"),
 )
+QUICK = ("round to nearest", "HQQ")
+"""Peers at 2 bits, where each grid of numbers gives noise and the slow ones would only cost time."""
 PROMPTS = (
     "The capital of France is",
     "Once upon a time",
@@ -70,7 +72,7 @@ def main() -> int:
     parser.add_argument("--window-length", type=int, default=256, help="tokens of a window (%(default)s)")
     parser.add_argument("--group", type=int, default=64, help="group size of the peers (%(default)s)")
     parser.add_argument("--rows", type=Path, default=making.ROWS, help="the rows of ours (%(default)s)")
-    parser.add_argument("--peers", default=",".join(PEERS), help="peers, by commas (%(default)s)")
+    parser.add_argument("--peers", default=";".join(PEERS), help="peers, by semicolons (%(default)s)")
     parser.add_argument("--out", type=Path, help="a file for the table; standard output without")
     parser.add_argument("--record", action="store_true", help="add the figures to results.csv")
     args = parser.parse_args()
@@ -110,7 +112,8 @@ class Contest:
 
     def lines(self) -> Iterator[Line]:
         """Peers first, then ours."""
-        jobs = [(name, bits) for bits in (4, 3, 2) for name in self.args.peers.split(",") if name]
+        names = [name for name in self.args.peers.split(";") if name]
+        jobs = [(name, bits) for bits in (4, 3, 2) for name in names if bits > 2 or name in QUICK]
         for name, bits in jobs:
             yield from self._kept(f"{name}, {bits} bits", lambda name=name, bits=bits: self._peer(name, bits))
         for row in making.listed(self.args.rows, ()):
@@ -142,13 +145,7 @@ class Contest:
     def _ours(self, row: making.Row) -> Line:
         out = self.scratch / "ours"
         shutil.rmtree(out, ignore_errors=True)
-        more = (f"samples={self.args.samples}", "length=512")
-        cost = making.make(
-            making.Row(name=row.name, bits=row.bits, method=row.method, set=(*row.set, *more)),
-            self.args.model,
-            self.args.text,
-            out,
-        )
+        cost = making.make(row.with_calibration(self.args.samples), self.args.model, self.args.text, out)
         artifact = Artifact.open_folder(out)
         said = artifact.summary()
         linears = artifact.manifest["figures"]["linears"]["bits_per_weight"]

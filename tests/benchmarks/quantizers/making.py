@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[3]
@@ -26,6 +26,12 @@ class Row:
     bits: int
     method: str
     set: tuple[str, ...]
+
+    def with_calibration(self, samples: int) -> Row:
+        """The same with ``samples`` windows of 512 tokens to calibrate on, where the row does not say its own number."""
+        own = {setting.partition("=")[0] for setting in self.set}
+        usual = {"samples": samples, "length": 512}
+        return replace(self, set=(*self.set, *(f"{name}={value}" for name, value in usual.items() if name not in own)))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from compression_worker.checkpoints import Checkpoint, attach_folder, load_tokenizer
 from compression_worker.making.inputs import architecture_of
@@ -71,12 +72,7 @@ def gptqmodel(args: argparse.Namespace) -> tuple[Weights, float]:
     """GPTQModel on as many tokens of the same text."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    store = Store(args.out / "store", durable=False)
-    checkpoint = Checkpoint.open(store, attach_folder(store, args.model))
-    tokenizer = load_tokenizer(checkpoint)
-    ids = tokenizer(text_of(args), add_special_tokens=False, verbose=False)["input_ids"][: args.tokens]
-    windows = [ids[start : start + 512] for start in range(0, len(ids) - 511, 512)]
-    samples = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows]
+    samples = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows_of(args)]
     model = GPTQModel.load(str(args.model), QuantizeConfig(bits=args.bits, group_size=args.group), device="cpu")
     model.quantize(samples, batch_size=1)
     made = {}
@@ -84,6 +80,56 @@ def gptqmodel(args: argparse.Namespace) -> tuple[Weights, float]:
         if hasattr(module, "dequantize_weight"):
             made[f"{name}.weight"] = module.dequantize_weight().T.float().cpu()
     return made, args.bits + (16 + args.bits) / args.group
+
+
+def llm_compressor(args: argparse.Namespace) -> tuple[Weights, float]:
+    """GPTQ of llm-compressor, symmetric as its presets are, on as many tokens of the same text."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    windows = windows_of(args)
+    grid = QuantizationArgs(num_bits=args.bits, type="int", strategy="group", group_size=args.group, symmetric=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=grid)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    oneshot(
+        model=model,
+        dataset=Dataset.from_dict({"input_ids": windows, "attention_mask": [[1] * len(one) for one in windows]}),
+        recipe=GPTQModifier(config_groups={"linears": scheme}, ignore=["lm_head"]),
+        max_seq_length=512,
+        num_calibration_samples=len(windows),
+    )
+    return dense(args, model), args.bits + 16 / args.group
+
+
+def auto_round(args: argparse.Namespace) -> tuple[Weights, float]:
+    """AutoRound without its tuning, whose 200 passes over every block are hours on a CPU: its own search of scales."""
+    from auto_round import AutoRound
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tuner = AutoRound(
+        model, tokenizer_of(args), bits=args.bits, group_size=args.group, sym=False, iters=0, device_map="cpu"
+    )
+    made, _ = tuner.quantize()
+    return dense(args, made), args.bits + (16 + args.bits) / args.group
+
+
+def dense(args: argparse.Namespace, model: Any) -> Weights:
+    """The block linears of a model in which the library put rounded weights."""
+    weights = model.state_dict()
+    return {name: weights[name].float().cpu() for name, _ in linears(args)}
+
+
+def tokenizer_of(args: argparse.Namespace) -> Any:
+    store = Store(args.out / "store", durable=False)
+    return load_tokenizer(Checkpoint.open(store, attach_folder(store, args.model)))
+
+
+def windows_of(args: argparse.Namespace) -> list[list[int]]:
+    """The first tokens of the text in windows of 512."""
+    ids = tokenizer_of(args)(text_of(args), add_special_tokens=False, verbose=False)["input_ids"][: args.tokens]
+    return [ids[start : start + 512] for start in range(0, len(ids) - 511, 512)]
 
 
 def linears(args: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor]]:
@@ -106,6 +152,8 @@ PEERS: dict[str, Callable[[argparse.Namespace], tuple[Weights, Any]]] = {
     "round to nearest": nearest,
     "HQQ": hqq,
     "GPTQModel": gptqmodel,
+    "llm-compressor": llm_compressor,
+    "AutoRound, 0 iterations": auto_round,
 }
 
 if __name__ == "__main__":
