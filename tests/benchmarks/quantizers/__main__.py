@@ -73,6 +73,12 @@ def main() -> int:
     parser.add_argument("--group", type=int, default=64, help="group size of the peers (%(default)s)")
     parser.add_argument("--rows", type=Path, default=making.ROWS, help="the rows of ours (%(default)s)")
     parser.add_argument("--peers", default=";".join(PEERS), help="peers, by semicolons (%(default)s)")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="keep artifacts of ours there with their cost; use those that are there",
+    )
     parser.add_argument("--out", type=Path, help="a file for the table; standard output without")
     parser.add_argument("--record", action="store_true", help="add the figures to results.csv")
     args = parser.parse_args()
@@ -143,9 +149,13 @@ class Contest:
         return self._measured(f"{name}, {bits} bits", bits, model, cost, linear_bits, None, None, peer=True)
 
     def _ours(self, row: making.Row) -> Line:
-        out = self.scratch / "ours"
-        shutil.rmtree(out, ignore_errors=True)
-        cost = making.make(row.with_calibration(self.args.samples), self.args.model, self.args.text, out)
+        row = row.with_calibration(self.args.samples)
+        if self.args.keep:
+            out, cost = making.kept(row, self.args.model, self.args.text, self.args.keep)
+        else:
+            out = self.scratch / "ours"
+            shutil.rmtree(out, ignore_errors=True)
+            cost = making.make(row, self.args.model, self.args.text, out)
         artifact = Artifact.open_folder(out)
         said = artifact.summary()
         linears = artifact.manifest["figures"]["linears"]["bits_per_weight"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
 import time
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[3]
@@ -26,6 +28,11 @@ class Row:
     bits: int
     method: str
     set: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Names the settings, whatever the row is called."""
+        return hashlib.sha256(json.dumps([self.method, *self.set]).encode()).hexdigest()[:16]
 
     def with_calibration(self, samples: int) -> Row:
         """The same with ``samples`` windows of 512 tokens to calibrate on, where the row does not say its own number."""
@@ -54,6 +61,17 @@ def make(row: Row, model: Path, text: Path, out: Path) -> Cost:
     command = ["-m", "compression_worker", "compress", row.method, "--json", "--device", "cpu"]
     command += ["--model", str(model.absolute()), "--out", str(out.absolute()), "--data", str(text.absolute())]
     return run([*command, *(part for setting in row.set for part in ("--set", setting))])
+
+
+def kept(row: Row, model: Path, text: Path, folder: Path) -> tuple[Path, Cost]:
+    """The artifact of a row in ``folder``, made unless it is there, and what making it cost."""
+    out = folder / f"{row.method}-{row.key}"
+    said = folder / f"{out.name}.json"
+    if not said.exists():
+        cost = make(row, model, text, out)
+        said.write_text(json.dumps({"row": asdict(row), **asdict(cost)}, indent=2))
+    found = json.loads(said.read_text())
+    return out, Cost(**{name: found[name] for name in ("processor", "wall", "peak")})
 
 
 def make_peer(name: str, bits: int, group: int, model: Path, text: Path, out: Path, tokens: int) -> Cost:
