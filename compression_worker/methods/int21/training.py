@@ -23,6 +23,7 @@ from compression_worker.architecture import blocks_of, build
 from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.distillation import scheduled
+from compression_worker.making.allocation import given_back
 from compression_worker.making.table import six_digits
 from compression_worker.methods.int21 import adapter
 from compression_worker.methods.int21 import packed_base as base_method
@@ -83,6 +84,7 @@ def checkpoint_blocks(model: Any, base: Artifact) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
+@given_back()
 def train_step(context: StepContext) -> StepOutput:
     """Optimizer steps ``first`` to ``last`` of a phase; the output carries the state and what was measured."""
     params = context.spec.params
