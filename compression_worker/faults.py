@@ -1,8 +1,9 @@
 """Failpoints: named places where a test makes this process die, stop, break, run out of room or lose its database.
 
-``FAULT=name:n:action`` arms one place: at its ``n``-th passing ``action`` happens, once. Unarmed, a place costs one
-look at a variable. With ``FAULT_LEDGER=path`` passings are counted over all processes that share the file, and the
-firing is written there: a process started anew does not fire again, and a test can tell that the place was reached.
+``FAULT=name:n:action`` arms a place: at its ``n``-th passing ``action`` happens, once; several are separated by commas,
+each place at most once. Unarmed, a place costs one look at a variable. With ``FAULT_LEDGER=path`` passings are counted
+over all processes that share the file, and the firing is written there: a process started anew does not fire again, and
+a test can tell that the place was reached.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -136,41 +138,42 @@ drop_database: Callable[[], None] = cut_nothing
 """How this process loses its connection to the database; replaced by those that have one."""
 
 
-def armed_from(environ: os._Environ[str] | dict[str, str]) -> Armed | None:
-    """What ``FAULT`` arms, None when it is not set. Raises ValueError for a name or an action that there is not."""
-    given = environ.get("FAULT", "")
-    if not given:
-        return None
-    name, _, rest = given.partition(":")
-    nth, _, action = rest.partition(":")
-    if name not in POINTS or not nth.isdecimal() or action not in ACTIONS:
-        raise ValueError(f"FAULT={given}: want name:n:action with a known name and one of {', '.join(ACTIONS)}")
-    return Armed(name, int(nth), action, environ.get("FAULT_LEDGER", ""))
+def armed_from(environ: os._Environ[str] | dict[str, str]) -> tuple[Armed, ...]:
+    """What ``FAULT`` arms. Raises ValueError for a name or an action that there is not, and for a name given twice."""
+    faults = [fault.partition(":") for fault in environ.get("FAULT", "").split(",") if fault]
+    found = {}
+    for name, _, rest in faults:
+        nth, _, action = rest.partition(":")
+        if name not in POINTS or name in found or not nth.isdecimal() or action not in ACTIONS:
+            given, actions = environ["FAULT"], ", ".join(ACTIONS)
+            raise ValueError(f"FAULT={given}: want name:n:action with a known name, each once, and one of {actions}")
+        found[name] = Armed(name, int(nth), action, environ.get("FAULT_LEDGER", ""))
+    return tuple(found.values())
 
 
 def failpoint(name: str) -> None:
     """Pass the place ``name``."""
-    if _ARMED is not None and _ARMED.name == name and _is_due(_ARMED):
-        ACTIONS[_ARMED.action]()
+    if _ARMED and (armed := _ARMED.get(name)) is not None and _is_due(armed):
+        ACTIONS[armed.action]()
 
 
-def arm(armed: Armed | None) -> None:
-    """Arm one place of this process, or none."""
-    global _ARMED, _PASSED
-    _ARMED, _PASSED = armed, 0
+def arm(*armed: Armed) -> None:
+    """Arm these places of this process and no other."""
+    global _ARMED
+    _ARMED = {one.name: one for one in armed}
+    _PASSED.clear()
 
 
 def _is_due(armed: Armed) -> bool:
     """Count this passing; whether it is the one. Shared over processes where there is a ledger, and true only once."""
-    global _PASSED
     if not armed.ledger:
-        _PASSED += 1
-        return armed.nth == _PASSED
+        _PASSED[armed.name] += 1
+        return armed.nth == _PASSED[armed.name]
     handle = os.open(armed.ledger, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        passed = os.pread(handle, 1 << 20, 0).count(b"passed")
-        os.write(handle, f"passed {os.getpid()}\n".encode())
+        passed = os.pread(handle, 1 << 20, 0).count(f"passed {armed.name} ".encode())
+        os.write(handle, f"passed {armed.name} {os.getpid()}\n".encode())
         if passed + 1 != armed.nth:
             return False
         os.write(handle, f"fired {armed.name} {armed.action} {os.getpid()}\n".encode())
@@ -210,5 +213,5 @@ ACTIONS: Final[dict[str, Callable[[], None]]] = {
     "drop_db": _drop_db,
 }
 
-_PASSED = 0
-_ARMED = armed_from(os.environ)
+_PASSED: Counter[str] = Counter()
+_ARMED = {one.name: one for one in armed_from(os.environ)}

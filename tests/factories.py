@@ -222,6 +222,10 @@ def standalone_figures(bits: float = 4.16) -> dict[str, Any]:
         "training": {
             "tokens": 8192,
             "losses": [1 / (n + 2) for n in range(20)],
+            "curve": [
+                {"phase": "base", "tokens": 0, "kl": 0.8, "ce": 3.1},
+                {"phase": "lrec", "tokens": 8192, "kl": 0.25, "ce": 2.6},
+            ],
             "peak_bytes": 60_000_000,
             "lora_fp16_bytes": 120_000_000,
             "lora_fp32_bytes": 180_000_000,

@@ -5,6 +5,7 @@ from dashboard.pictures.coding import coding_picture
 from dashboard.pictures.curve import curve_picture
 from dashboard.pictures.generations import Generation, generations_picture
 from dashboard.pictures.heatmap import Measure, heatmap_picture
+from dashboard.pictures.heldout import heldout_picture
 from dashboard.pictures.ledger import ledger_picture
 from dashboard.pictures.lineage import Node, lineage_picture
 from dashboard.pictures.matrices import Matrix
@@ -29,6 +30,7 @@ __all__ = [
     "curve_picture",
     "generations_picture",
     "heatmap_picture",
+    "heldout_picture",
     "ledger_picture",
     "lineage_picture",
     "memory_picture",

@@ -192,6 +192,11 @@ def training_losses(figures: Mapping[str, Any]) -> list[float]:
     return [float(loss) for loss in (figures.get("training") or {}).get("losses") or []]
 
 
+def heldout_curve(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What such a training came to on text that it did not learn from; empty without one."""
+    return list((figures.get("training") or {}).get("curve") or [])
+
+
 def distillation_losses(figures: Mapping[str, Any]) -> list[float]:
     """The loss before each training step of the distillation; empty without one."""
     return [float(loss) for loss in (figures.get("distillation") or {}).get("losses") or []]

@@ -23,7 +23,7 @@ PRODUCT = ("compression_worker", "dashboard")
 @pytest.fixture(autouse=True)
 def _disarmed() -> Iterator[None]:
     yield
-    arm(None)
+    arm()
 
 
 def test_unarmed_nothing_happens() -> None:
@@ -38,6 +38,19 @@ def test_it_fires_at_the_passing_that_was_asked_for_and_only_there() -> None:
     with pytest.raises(FaultInjected):
         failpoint("store.half")
     failpoint("store.half")
+
+
+def test_several_places_are_counted_apart(tmp_path: Path) -> None:
+    given = {"FAULT": "store.half:2:raise,store.open:1:enospc"}
+    for environment in (given, given | {"FAULT_LEDGER": str(tmp_path / "ledger")}):
+        arm(*armed_from(environment))
+        failpoint("store.half")
+        with pytest.raises(OSError, match="No space left"):
+            failpoint("store.open")
+        with pytest.raises(FaultInjected):
+            failpoint("store.half")
+        failpoint("store.open")
+        failpoint("store.half")
 
 
 def test_processes_that_share_a_ledger_count_together_and_fire_once(tmp_path: Path) -> None:
@@ -74,7 +87,17 @@ def test_the_database_is_lost_by_whoever_has_one(monkeypatch: pytest.MonkeyPatch
     assert lost == [True]
 
 
-@pytest.mark.parametrize("given", ["nowhere:1:kill", "store.half:x:kill", "store.half:1:explode", "store.half"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "nowhere:1:kill",
+        "store.half:x:kill",
+        "store.half:1:explode",
+        "store.half",
+        "store.half:1:kill,store.open",
+        "store.half:1:kill,store.half:2:kill",
+    ],
+)
 def test_a_wrong_fault_is_refused_with_what_is_wanted(given: str) -> None:
     with pytest.raises(ValueError, match="want name:n:action"):
         armed_from({"FAULT": given})

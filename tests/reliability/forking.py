@@ -119,5 +119,5 @@ def _compute(store: Path, roots: Mapping[str, Path], device: str, env: Mapping[s
     os.environ.clear()
     os.environ.update(env)
     sys.stdin, sys.stderr = os.fdopen(0, "r"), os.fdopen(2, "w", buffering=1)
-    faults.arm(faults.armed_from(os.environ))
+    faults.arm(*faults.armed_from(os.environ))
     run_child(store, roots, device)

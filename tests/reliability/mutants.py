@@ -1,7 +1,8 @@
 """Planted bugs: each is put into a copy of the project, and the test that is named for it has to fail there.
 
 ``python -m tests.reliability.mutants`` first runs all named tests on an unchanged copy, which has to be green, then each
-bug. Exits 1 when one was not caught. ``--only`` takes parts of names.
+bug. They share a Postgres: a bug begins with a copy of the database that the unchanged copy made, but for one in a
+migration, which makes its own. Exits 1 when one was not caught. ``--only`` takes parts of names.
 """
 
 from __future__ import annotations
@@ -17,8 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import psycopg
+
+from deploy.postgres import EmbeddedPostgres
+
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("compression_worker", "dashboard", "kernels", "templates", "deploy", "tests", "manage.py", "pyproject.toml")
+SERVER_PASSWORD = "server-of-a-test-database"
+OWNER_PASSWORD = "owner-of-copies"
+SOUND = "test_sound"
 FAILED = 1
 """pytest's exit status when tests ran and some failed; another one means that the copy could not even be tested."""
 TOO_LATE = 124
@@ -35,6 +43,7 @@ OF_A_TEST_RUN = frozenset(
         "PYTEST_CURRENT_TEST",
         "SECRET_KEY",
         "STATIC_ROOT",
+        "TEST_DATABASE_URL",
         "TRITON_INTERPRET",
     }
 )
@@ -50,6 +59,10 @@ class Mutant:
     old: str
     new: str
     test: str
+
+    @property
+    def is_migration(self) -> bool:
+        return "/migrations/" in self.file
 
 
 STEPS = "tests/dashboard/services/test_steps.py::"
@@ -204,12 +217,11 @@ MUTANTS = (
 
 
 def copied(folder: Path) -> Path:
-    """A copy of the project that may be broken."""
+    """A copy of the project that may be broken. Compiled files come along: each counts only for a source of its time."""
     for part in PARTS:
         source = ROOT / part
-        ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
         if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=ignore)
+            shutil.copytree(source, folder / part)
         else:
             shutil.copy2(source, folder / part)
     return folder
@@ -224,10 +236,11 @@ def plant(mutant: Mutant, folder: Path) -> None:
     path.write_text(text.replace(mutant.old, mutant.new))
 
 
-def run(folder: Path, tests: list[str], seconds: float) -> tuple[int, str]:
-    """pytest's exit status in the copy, and its last words."""
+def run(folder: Path, tests: list[str], seconds: float, database: str) -> tuple[int, str]:
+    """pytest's exit status in the copy, and its last words. A test database that is already there is kept and used."""
     environment = {name: value for name, value in os.environ.items() if name not in OF_A_TEST_RUN}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    environment["TEST_DATABASE_URL"] = database
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--reuse-db", *tests]
     try:
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds, check=False
@@ -237,32 +250,33 @@ def run(folder: Path, tests: list[str], seconds: float) -> tuple[int, str]:
     return done.returncode, "\n".join([*done.stdout.splitlines()[-15:], *done.stderr.splitlines()[-5:]])
 
 
-def attempt(mutant: Mutant) -> tuple[bool, str]:
+def attempt(mutant: Mutant, number: int, postgres: EmbeddedPostgres) -> tuple[bool, str]:
     """Whether the bug was caught, and what pytest said."""
+    name = f"bug_{number}"
+    if not mutant.is_migration:
+        with psycopg.connect(postgres.url(), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE test_{name} TEMPLATE {SOUND} OWNER deltaworks")
     with tempfile.TemporaryDirectory(prefix="deltaworks-mutant-") as scratch:
         folder = copied(Path(scratch))
         plant(mutant, folder)
-        status, words = run(folder, [mutant.test], SECONDS)
+        status, words = run(folder, [mutant.test], SECONDS, postgres.url("deltaworks", name, OWNER_PASSWORD))
         # A failure of the test itself: a copy that cannot be set up ends as an error, and proves nothing.
         return status == FAILED and " failed" in words.splitlines()[-1], words
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="parts of names, comma separated")
-    parser.add_argument("--at-once", type=int, default=max(1, os.cpu_count() or 1))
-    args = parser.parse_args()
-    parts = [part for part in args.only.split(",") if part]
-    chosen = [mutant for mutant in MUTANTS if not parts or any(part in mutant.name for part in parts)]
+def all_caught(chosen: list[Mutant], at_once: int, postgres: EmbeddedPostgres) -> bool:
+    """Run the tests without a bug, then with each; prints what came of it."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="deltaworks-sound-") as scratch:
-        status, words = run(copied(Path(scratch)), sorted({mutant.test for mutant in chosen}), 600)
+        database = postgres.url("deltaworks", SOUND.removeprefix("test_"), OWNER_PASSWORD)
+        status, words = run(copied(Path(scratch)), sorted({mutant.test for mutant in chosen}), 600, database)
     if status:
         sys.stdout.write(f"the tests are not green without a bug:\n{words}\n")
-        return 1
+        return False
     escaped = []
-    with ThreadPoolExecutor(args.at_once) as pool:
-        for mutant, (caught, words) in zip(chosen, pool.map(attempt, chosen), strict=True):
+    with ThreadPoolExecutor(at_once) as pool:
+        found = pool.map(attempt, chosen, range(len(chosen)), [postgres] * len(chosen))
+        for mutant, (caught, words) in zip(chosen, found, strict=True):
             sys.stdout.write(
                 f"{'caught ' if caught else 'ESCAPED'} {mutant.name} ({mutant.test.rpartition('::')[2]})\n"
             )
@@ -272,7 +286,25 @@ def main() -> int:
                 sys.stdout.write(words + "\n")
     seconds = time.monotonic() - began
     sys.stdout.write(f"mutants: {len(chosen) - len(escaped)} of {len(chosen)} caught, {seconds:.0f} s\n")
-    return 1 if escaped else 0
+    return not escaped
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="parts of names, comma separated")
+    parser.add_argument("--at-once", type=int, default=max(1, os.cpu_count() or 1))
+    args = parser.parse_args()
+    parts = [part for part in args.only.split(",") if part]
+    chosen = [mutant for mutant in MUTANTS if not parts or any(part in mutant.name for part in parts)]
+    with tempfile.TemporaryDirectory(prefix="deltaworks-mutants-") as scratch:
+        postgres = EmbeddedPostgres(Path(scratch) / "postgres", password="superuser-of-copies", durable=False)
+        postgres.start()
+        try:
+            # The servers' role belongs to the whole cluster: its password is the one that tests know.
+            postgres.ensure(database="unused", owner_password=OWNER_PASSWORD, server_password=SERVER_PASSWORD)
+            return 0 if all_caught(chosen, args.at_once, postgres) else 1
+        finally:
+            postgres.stop()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from compression_worker.faults import POINTS
+from compression_worker.faults import ACTIONS, POINTS
 from tests.reliability.mutants import MUTANTS, OF_A_TEST_RUN
+from tests.reliability.sweep import TOGETHER, plan, short_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
@@ -31,8 +32,16 @@ def last_line(module: str, *arguments: str, seconds: float) -> str:
 def test_each_failpoint_is_passed_and_nothing_is_lost_doubled_or_wrong() -> None:
     words = last_line("sweep", "--short", seconds=1800)
     assert len(POINTS) >= 60
-    assert f"{len(POINTS)} runs, {len(POINTS)} fired, 0 places not passed [], 0 problems" in words
-    assert re.search(r"at most [01] steps redone", words)
+    runs = -(-len(POINTS) // TOGETHER)
+    assert f"{runs} runs, {len(POINTS)} fired, 0 places not passed [], 0 problems" in words
+    assert re.search(r"at most [01] steps redone a fault", words)
+
+
+def test_the_turns_of_the_short_sweep_inject_each_action_at_each_place_and_no_two_alike_in_a_run() -> None:
+    points, actions = list(POINTS), list(ACTIONS)
+    runs = [run.split(",") for turn in range(len(actions)) for run in short_plan(points, actions, 1, turn)]
+    assert sorted(fault for run in runs for fault in run) == sorted(plan(points, actions, 1))
+    assert all(len({fault.rpartition(":")[2] for fault in run}) == len(run) <= TOGETHER for run in runs)
 
 
 @pytest.mark.parametrize("broker", ["redis", "rabbitmq"])

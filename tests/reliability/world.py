@@ -91,7 +91,7 @@ class World:
 
 @dataclass
 class Run:
-    """One run: its database, its folder, the fault that is armed in each of its processes."""
+    """One run: its database, its folder, the faults (comma separated) that are armed in each of its processes."""
 
     world: World
     database: str
@@ -114,8 +114,11 @@ class Run:
     def dsn(self) -> str:
         return self.world.postgres.url("deltaworks", self.database, OWNER_PASSWORD)
 
-    def fired(self) -> bool:
-        return self.ledger.exists() and "fired" in self.ledger.read_text()
+    def unfired(self) -> list[str]:
+        """The faults that are armed and whose place was not passed so often."""
+        written = self.ledger.read_text() if self.ledger.exists() else ""
+        fired = {line.split()[1] for line in written.splitlines() if line.startswith("fired ")}
+        return [fault for fault in self.fault.split(",") if fault and fault.partition(":")[0] not in fired]
 
     def enter(self) -> None:
         """Make this process one of the run's: its database, its store, its clock, its fault."""
@@ -132,7 +135,7 @@ class Run:
         execution.WATCH_SECONDS, execution.RECONCILE_SECONDS, launcher.TICK_SECONDS = 0.1, 0.3, 0.05
         os.environ["FAULT_LEDGER"], os.environ["FAULT_STOP_SECONDS"] = str(self.ledger), str(STOP_SECONDS)
         os.environ["FAULT"] = self.fault
-        faults.arm(faults.armed_from(os.environ))
+        faults.arm(*faults.armed_from(os.environ))
         logging.getLogger().setLevel(logging.INFO)
 
     def keep(self, name: str, function: Callable[[], object]) -> None:

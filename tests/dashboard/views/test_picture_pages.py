@@ -17,7 +17,7 @@ from dashboard.lifecycle import JobState, Role, StepState
 from dashboard.models import Step
 from dashboard.selectors.jobs import job_steps, matrices_so_far
 from tests.dashboard.views.pages import inline_code
-from tests.factories import deploy, make_artifact, make_evaluation, make_job
+from tests.factories import deploy, make_artifact, make_evaluation, make_job, standalone_figures
 
 ClientAs = Callable[[Role], Client]
 
@@ -37,6 +37,18 @@ def test_a_finished_job_shows_the_bytes_and_matrices_of_what_it_made(world: Simp
     assert 'id="data-ledger"' in page
     assert 'id="data-heatmap"' in page
     assert "model.layers.3.mlp.down_proj" in page  # of the artifact's figures; the steps told of two layers only
+
+
+def test_a_training_shows_what_it_came_to_on_held_out_text(world: SimpleNamespace, client: Client) -> None:
+    job = make_job(created_by=world.engineer, variant=world.base, method="int21")
+    artifact = make_artifact(
+        world.base, job, alone=True, method="int21", figures=standalone_figures(), name="corrected"
+    )
+    for address in (reverse("artifact-detail", args=[artifact.pk]), reverse("job-detail", args=[job.pk])):
+        page = words(client.get(address))
+        assert "On held-out text KL falls from 0.800 to 0.250 nats over 8,192 tokens" in page
+        assert 'id="data-heldout"' in page
+    assert 'id="data-heldout"' not in words(client.get(reverse("artifact-detail", args=[world.artifact.pk])))
 
 
 def test_a_running_job_shows_the_matrices_of_its_finished_layers(world: SimpleNamespace, client: Client) -> None:
