@@ -37,8 +37,8 @@ COLUMNS = (
     *("form", "bits/weight, linears", "whole file", "MB", "perplexity", "KL", "top-1 %"),
     *("CPU s", "peak MB", "KL against the best peer of as many bits"),
 )
-QUICK = ("round to nearest", "HQQ")
-"""Peers at 2 bits, where each grid of numbers gives noise and the slow ones would only cost time."""
+LEAST_BITS = {"round to nearest": 2, "HQQ": 2, "GPTQModel": 4}
+"""Fewest bits at which a peer runs, 3 for others: at 2 bits grids give noise, and GPTQModel takes many minutes."""
 PROMPTS = (
     "The capital of France is",
     "Once upon a time",
@@ -117,13 +117,13 @@ class Contest:
         self.found = [Line("uncompressed", 16, windows, None, width, width, size, True, self._answers(whole))]
 
     def lines(self) -> Iterator[Line]:
-        """Peers first, then ours."""
-        names = [name for name in self.args.peers.split(";") if name]
-        jobs = [(name, bits) for bits in (4, 3, 2) for name in names if bits > 2 or name in QUICK]
-        for name, bits in jobs:
-            yield from self._kept(f"{name}, {bits} bits", lambda name=name, bits=bits: self._peer(name, bits))
+        """Ours, then peers, the slow one last."""
         for row in making.listed(self.args.rows, ()):
             yield from self._kept(row.name, lambda row=row: self._ours(row), ours=True)
+        names = [name for name in self.args.peers.split(";") if name]
+        jobs = [(name, bits) for name in names for bits in (4, 3, 2) if bits >= LEAST_BITS.get(name, 3)]
+        for name, bits in jobs:
+            yield from self._kept(f"{name}, {bits} bits", lambda name=name, bits=bits: self._peer(name, bits))
 
     def _kept(self, name: str, make: Any, *, ours: bool = False) -> Iterator[Line]:
         try:
@@ -183,14 +183,14 @@ class Contest:
 
     def markdown(self) -> str:
         """The table, what is missing, and what the two-bit forms write."""
-        measured = {str(at): line.windows for at, line in enumerate(self.found)}
-        found = figures(measured, "0", self.config)
+        lines = sorted(self.found, key=lambda line: (-line.bits, not line.peer))
+        found = figures({str(at): line.windows for at, line in enumerate(lines)}, "0", self.config)
         rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
-        rows += [self._cells(at, line, found) for at, line in enumerate(self.found)]
+        rows += [self._cells(at, line, found) for at, line in enumerate(lines)]
         blocks = ["\n".join("| " + " | ".join(row) + " |" for row in rows)]
         if self.notes:
             blocks.append("Not in the table:\n\n" + "\n".join(f"- {note}" for note in self.notes))
-        spoken = [line for line in self.found if line.bits in (2, 16)]
+        spoken = [line for line in lines if line.bits in (2, 16)]
         for at, prompt in enumerate(PROMPTS):
             said = "\n".join(f"- {line.name}: {' '.join(line.answers[at].split())}" for line in spoken)
             blocks.append(f"*{prompt}* …\n\n{said}")

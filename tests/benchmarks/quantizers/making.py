@@ -1,18 +1,22 @@
-"""Each form in a process of its own: what it costs is what the operating system counted for it."""
+"""Each form in a process of its own: what it costs is what the operating system counted for that process."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Self
 
 PROJECT = Path(__file__).parents[3]
+EVERY_SECONDS = 0.2
 ROWS = Path(__file__).with_name("rows.toml")
 
 
@@ -88,10 +92,35 @@ def run(arguments: list[str]) -> Cost:
         [sys.executable, *arguments], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
+    with Watched(process.pid) as watched:
+        said = process.stderr.read()
+        _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         lines = [line for line in said.strip().splitlines() if line.strip()]
         raise Refused(lines[-1] if lines else f"exit {process.returncode}")
-    return Cost(used.ru_utime + used.ru_stime, time.monotonic() - started, used.ru_maxrss * 1024)
+    return Cost(used.ru_utime + used.ru_stime, time.monotonic() - started, watched.peak)
+
+
+class Watched:
+    """The high-water mark of a process, looked at until the block ends: getrusage also counts what its parent held."""
+
+    def __init__(self, process: int) -> None:
+        self.peak = 0
+        self._status = Path(f"/proc/{process}/status")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(EVERY_SECONDS):
+            with contextlib.suppress(OSError):
+                found = [line for line in self._status.read_text().splitlines() if line.startswith("VmHWM")]
+                self.peak = max([self.peak, *(1024 * int(line.split()[1]) for line in found)])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +23,7 @@ from compression_worker.making.inputs import architecture_of
 from compression_worker.methods.gptq.grid import GridSettings, fitted
 from compression_worker.store import Store
 from compression_worker.tensors import checkpoint_files
+from kernels.dequant_matmul.layout import unpack_gptq, unpack_zeros
 
 Weights = dict[str, torch.Tensor]
 
@@ -75,22 +77,35 @@ def gptqmodel(args: argparse.Namespace) -> tuple[Weights, float]:
     samples = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in windows_of(args)]
     model = GPTQModel.load(str(args.model), QuantizeConfig(bits=args.bits, group_size=args.group), device="cpu")
     model.quantize(samples, batch_size=1)
+    model.save(str(args.out / "saved"))
+    return saved(args.out / "saved", args.bits), args.bits + (16 + args.bits) / args.group
+
+
+def saved(folder: Path, bits: int) -> Weights:
+    """The weights of a folder in the usual GPTQ format, whose first version stores zeros less one."""
+    said = json.loads((folder / "quantize_config.json").read_text())
+    more = 0 if said.get("checkpoint_format") == "gptq_v2" else 1
     made = {}
-    for name, module in model.model.named_modules():
-        if hasattr(module, "dequantize_weight"):
-            made[f"{name}.weight"] = module.dequantize_weight().T.float().cpu()
-    return made, args.bits + (16 + args.bits) / args.group
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            pieces = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        for name in (key.removesuffix(".qweight") for key in pieces if key.endswith(".qweight")):
+            codes = unpack_gptq(pieces[f"{name}.qweight"], bits).float()
+            zeros = unpack_zeros(pieces[f"{name}.qzeros"], bits).float() + more
+            scales, index = pieces[f"{name}.scales"].float(), pieces[f"{name}.g_idx"].long()
+            made[f"{name}.weight"] = (scales[index] * (codes - zeros[index])).T
+    return made
 
 
 def llm_compressor(args: argparse.Namespace) -> tuple[Weights, float]:
-    """GPTQ of llm-compressor, symmetric as its presets are, on as many tokens of the same text."""
+    """GPTQ of llm-compressor, asymmetric, which is the better of its two grids here, on as many tokens of the same text."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     windows = windows_of(args)
-    grid = QuantizationArgs(num_bits=args.bits, type="int", strategy="group", group_size=args.group, symmetric=True)
+    grid = QuantizationArgs(num_bits=args.bits, type="int", strategy="group", group_size=args.group, symmetric=False)
     scheme = QuantizationScheme(targets=["Linear"], weights=grid)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     oneshot(
@@ -100,7 +115,7 @@ def llm_compressor(args: argparse.Namespace) -> tuple[Weights, float]:
         max_seq_length=512,
         num_calibration_samples=len(windows),
     )
-    return dense(args, model), args.bits + 16 / args.group
+    return dense(args, model), args.bits + (16 + args.bits) / args.group
 
 
 def auto_round(args: argparse.Namespace) -> tuple[Weights, float]:
@@ -151,9 +166,9 @@ def text_of(args: argparse.Namespace) -> str:
 PEERS: dict[str, Callable[[argparse.Namespace], tuple[Weights, Any]]] = {
     "round to nearest": nearest,
     "HQQ": hqq,
-    "GPTQModel": gptqmodel,
     "llm-compressor": llm_compressor,
     "AutoRound, 0 iterations": auto_round,
+    "GPTQModel": gptqmodel,
 }
 
 if __name__ == "__main__":
