@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -220,9 +219,9 @@ class Contest:
     def _pairs(self) -> Iterator[str]:
         """The paired differences that the rows' file asks for, at each reduction."""
         known = {(line.name, line.reduction): line for line in self.found if not line.peer}
-        for pair in tomllib.loads(self.args.rows.read_text(encoding="utf-8")).get("pairs", []):
+        for pair in making.pairs(self.args.rows):
             for reduction in sorted({reduction for _, reduction in known}):
-                first, second = (known.get((pair[side], reduction)) for side in ("first", "second"))
+                first, second = (known.get((name, reduction)) for name in pair)
                 if first and second:
                     found = compare(first.windows, second.windows, self.config)
                     yield (

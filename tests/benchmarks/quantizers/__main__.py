@@ -188,6 +188,8 @@ class Contest:
         rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
         rows += [self._cells(at, line, found) for at, line in enumerate(lines)]
         blocks = ["\n".join("| " + " | ".join(row) + " |" for row in rows)]
+        if pairs := list(self._pairs()):
+            blocks.append("Ours beside ours, KL of the first minus KL of the second:\n\n" + "\n".join(pairs))
         if self.notes:
             blocks.append("Not in the table:\n\n" + "\n".join(f"- {note}" for note in self.notes))
         spoken = [line for line in lines if line.bits in (2, 16)]
@@ -195,6 +197,17 @@ class Contest:
             said = "\n".join(f"- {line.name}: {' '.join(line.answers[at].split())}" for line in spoken)
             blocks.append(f"*{prompt}* …\n\n{said}")
         return "\n\n".join(blocks) + "\n"
+
+    def _pairs(self) -> Iterator[str]:
+        """The paired differences that the rows' file asks for."""
+        known = {line.name: line for line in self.found}
+        for first, second in making.pairs(self.args.rows):
+            if first in known and second in known:
+                found = compare(known[first].windows, known[second].windows, self.config)
+                yield (
+                    f"- {first} − {second}: {found.difference:+.4f} ({found.low:+.4f} … {found.high:+.4f}), "
+                    f"{WORDS[found.verdict.kind]}"
+                )
 
     def _cells(self, at: int, line: Line, found: dict[str, Json]) -> list[str]:
         perplexity, kl, top = (found[name][str(at)] for name in ("perplexity", "kl_divergence", "top1_agreement"))

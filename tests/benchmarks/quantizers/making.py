@@ -60,6 +60,12 @@ def listed(path: Path, more: tuple[str, ...]) -> list[Row]:
     return [Row(**row | {"set": (*row["set"], *more)}) for row in rows]
 
 
+def pairs(path: Path) -> list[tuple[str, str]]:
+    """Names of rows that are compared with each other, as a file lists them."""
+    found = tomllib.loads(path.read_text(encoding="utf-8")).get("pairs", [])
+    return [(pair["first"], pair["second"]) for pair in found]
+
+
 def make(row: Row, model: Path, text: Path, out: Path) -> Cost:
     """Run ``compress`` for a row."""
     command = ["-m", "compression_worker", "compress", row.method, "--json", "--device", "cpu"]
