@@ -73,6 +73,7 @@ def main() -> int:
     parser.add_argument("--group", type=int, default=64, help="group size of the peers (%(default)s)")
     parser.add_argument("--rows", type=Path, default=making.ROWS, help="the rows of ours (%(default)s)")
     parser.add_argument("--peers", default=";".join(PEERS), help="peers, by semicolons (%(default)s)")
+    parser.add_argument("--peer-python", default=sys.executable, help="the Python in which peers are installed")
     parser.add_argument(
         "--keep",
         type=Path,
@@ -138,8 +139,10 @@ class Contest:
     def _peer(self, name: str, bits: int) -> Line:
         out = self.scratch / "peer"
         shutil.rmtree(out, ignore_errors=True)
-        tokens = 512 * self.args.samples
-        cost = making.make_peer(name, bits, self.args.group, self.args.model, self.args.text, out, tokens)
+        tokens, python = 512 * self.args.samples, self.args.peer_python
+        cost = making.make_peer(
+            name, bits, self.args.group, self.args.model, self.args.text, out, tokens, python=python
+        )
         model = load_model(self.checkpoint, dtype=torch.float32)
         where = places(model, self.checkpoint.names)
         with torch.no_grad():

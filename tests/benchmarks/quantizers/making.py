@@ -84,18 +84,20 @@ def kept(row: Row, model: Path, text: Path, folder: Path) -> tuple[Path, Cost]:
     return out, Cost(**{name: found[name] for name in ("processor", "wall", "peak")})
 
 
-def make_peer(name: str, bits: int, group: int, model: Path, text: Path, out: Path, tokens: int) -> Cost:
-    """Run one peer, which writes dense weights and how large they are packed."""
+def make_peer(
+    name: str, bits: int, group: int, model: Path, text: Path, out: Path, tokens: int, *, python: str = sys.executable
+) -> Cost:
+    """Run one peer in ``python``, which writes dense weights and how large they are packed."""
     command = ["-m", "tests.benchmarks.quantizers.peers", name, "--bits", str(bits), "--group", str(group)]
     command += ["--model", str(model.absolute()), "--text", str(text.absolute()), "--out", str(out.absolute())]
-    return run([*command, "--tokens", str(tokens)])
+    return run([*command, "--tokens", str(tokens)], python)
 
 
-def run(arguments: list[str]) -> Cost:
+def run(arguments: list[str], python: str = sys.executable) -> Cost:
     """A Python process, and what it and its children cost."""
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [python, *arguments], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     with Watched(process.pid) as watched:
