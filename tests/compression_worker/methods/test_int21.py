@@ -25,9 +25,10 @@ from compression_worker.methods.int21.config import BASES, Int21Config
 from compression_worker.methods.int21.estimate import estimate, training_peaks
 from compression_worker.methods.int21.memory import adapter_parameters
 from compression_worker.methods.int21.overhead import overhead
-from compression_worker.methods.int21.start import closed_form
-from compression_worker.methods.int21.training import STATE_FILE, Student, rate_at
+from compression_worker.methods.int21.training import STATE_FILE, Student
 from compression_worker.preflight import Inputs, Model
+from compression_worker.quantization.learning import rate_at
+from compression_worker.quantization.low_rank import closed_form
 from compression_worker.quantization.teacher import TopLogits
 from compression_worker.runner import Runner, resolve_inputs, run_plan
 from compression_worker.samples import TEXT, parse_samples
@@ -558,8 +559,7 @@ def test_the_hessians_that_a_base_made_are_used_again_for_the_closed_form(job: J
 
 
 def test_the_rate_rises_for_a_moment_and_falls_to_zero() -> None:
-    config = Int21Config(learning_rate=1.0)
-    rates = [rate_at(config, step, 100) for step in range(100)]
+    rates = [rate_at(1.0, step, 100) for step in range(100)]
     assert rates[0] < rates[4] > rates[50] > rates[99] > 0
     assert rates[4] == pytest.approx(1.0, abs=0.01)
 
