@@ -1,0 +1,87 @@
+"""From an artifact back to weights, ``W_l = W_a + B A``, or to a model that keeps each anchor's weight once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compression_worker.architecture import describe
+from compression_worker.artifact import Artifact
+from compression_worker.making.loading import dense_model, module_path, pack_modules
+from compression_worker.making.reading import ArtifactTensors
+from compression_worker.methods.deltallm.layout import layout
+from compression_worker.methods.deltallm.shared import SharedLinear
+from compression_worker.methods.deltallm.student import Factors, keys
+from compression_worker.tensors import TensorFiles
+
+
+class SharedTensors(ArtifactTensors):
+    """The tensors of an artifact of DeltaLLM."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        places: dict[str, Path] = {}
+        for name, entry in artifact.manifest["tensors"].items():
+            path = artifact.paths[entry["file"]]
+            places |= dict.fromkeys(keys(name), path) if entry["kind"] == "shared" else {name: path}
+        super().__init__(artifact, layout(), TensorFiles(places))
+
+    def factors(self, name: str) -> Factors:
+        """``A (r, K)`` and ``B (N, r)`` of a shared weight, as stored."""
+        a, b = (self._own.file(key).tensor(key) for key in keys(name))
+        return a, b
+
+    def tiles_of(self, name: str) -> Iterator[torch.Tensor]:
+        entry = self.table[name]
+        a, b = (one.to(torch.float32) for one in self.factors(name))
+        left, right = (a.T, b.T) if entry.get("transposed") else (b, a)
+        yield torch.addmm(self.tensor(entry["anchor"], torch.float32), left, right)
+
+
+def open_merged(base: object, artifact: Artifact) -> SharedTensors:
+    """The tensors of the compressed model, for a restore."""
+    return SharedTensors(artifact)
+
+
+def load_model(
+    base: object,
+    artifact: Artifact,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    dense: bool = False,
+) -> torch.nn.Module:
+    """The model with one copy of each anchor in memory.
+
+    ``dense`` makes every follower's weight once instead: as large as the model was, and without the low-rank products.
+    """
+    if not dense:
+        return load_packed(artifact, device, dtype)
+    with SharedTensors(artifact) as made:
+        model: torch.nn.Module = dense_model(made, dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_packed(artifact: Artifact, device: str = "cpu", dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """The model whose followers use their anchors' weights."""
+    with SharedTensors(artifact) as made:
+        model: Any = dense_model(made, dtype, leave=lambda name: made.table[name]["kind"] == "shared")
+        share(model, made)
+    loaded: torch.nn.Module = model.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def share(model: Any, made: SharedTensors) -> None:
+    """Put linears that use their anchor's weight in the place of the followers'."""
+    memory = describe(made.artifact.config).renamed_for(made.table).memory
+    modules = dict(model.named_modules())
+    names = {name: memory.get(name, name) for name, entry in made.table.items() if entry["kind"] == "shared"}
+
+    def shared(name: str, linear: Any) -> SharedLinear:
+        anchor = made.table[name]["anchor"]
+        path = module_path(memory.get(anchor, anchor), modules, model.base_model_prefix)
+        return SharedLinear(modules[path], *made.factors(name), linear.bias)
+
+    pack_modules(model, names, shared)
