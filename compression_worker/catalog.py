@@ -146,7 +146,8 @@ METHODS: dict[str, Method] = {
         ),
         costs=(
             "It saves parameters, bytes and memory, and neither arithmetic nor time: every layer still multiplies with "
-            "a whole weight, and with its difference as well. Choosing runs the model once for each candidate."
+            "a whole weight, and with its difference as well. Choosing runs the model for each candidate, and training "
+            "holds the whole model."
         ),
         needs_base=False,
     ),
@@ -176,6 +177,7 @@ STEPS: dict[str, str] = {
     "int21.assemble": "compression_worker.methods.int21.compress:assemble_step",
     "deltallm.plan": "compression_worker.methods.deltallm.compress:plan_step",
     "deltallm.choose": "compression_worker.methods.deltallm.choosing:choose_step",
+    "deltallm.train": "compression_worker.methods.deltallm.training:train_step",
     "deltallm.assemble": "compression_worker.methods.deltallm.compress:assemble_step",
     "teacher.text": "compression_worker.quantization.teacher:text_step",
     "teacher.logits": "compression_worker.quantization.teacher:logits_step",
@@ -231,6 +233,7 @@ NEEDS: dict[str, Need] = {
     "int21.train": Need(device=True, work="compression_worker.methods.int21.estimate:train_work"),
     "int21.assemble": Need(work="compression_worker.methods.int21.estimate:assemble_work"),
     "deltallm.choose": Need(device=True, work="compression_worker.methods.deltallm.estimate:choose_work"),
+    "deltallm.train": Need(device=True, work="compression_worker.methods.deltallm.estimate:train_work"),
     "deltallm.assemble": Need(work="compression_worker.methods.deltallm.estimate:assemble_work"),
     "teacher.text": Need(work="compression_worker.quantization.estimate:text_work"),
     "teacher.logits": Need(device=True, work="compression_worker.quantization.estimate:logits_work"),

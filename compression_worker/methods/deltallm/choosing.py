@@ -24,6 +24,7 @@ from compression_worker.methods.deltallm.config import DeltaLLMConfig
 from compression_worker.methods.deltallm.factors import Starts
 from compression_worker.methods.deltallm.groups import Depth, picked
 from compression_worker.methods.deltallm.matrices import shareable
+from compression_worker.methods.deltallm.sources import Sources, base_input
 from compression_worker.methods.deltallm.student import Factors, Student, keys
 from compression_worker.quantization.calibration import Hessians
 from compression_worker.quantization.divergence import divergence
@@ -39,23 +40,25 @@ def choose_step(context: StepContext) -> StepOutput:
     pair holds its factors. Groups that are given by hand are put in as they are.
     """
     params = context.spec.params
-    work = _Round(context, DeltaLLMConfig(**params["config"]), params["rank"])
-    for follower, anchor in params["by_hand"].items():
-        work.add(int(follower), anchor)
-    if not params["by_hand"]:
-        depth = Depth(blocks=params["blocks"], alike=tuple(params["alike"]), **params["protect"])
-        work.choose(depth, params["count"], params["still"])
+    with Sources.of(context) as sources:
+        work = _Round(context, DeltaLLMConfig(**params["config"]), params["rank"], sources)
+        for follower, anchor in params["by_hand"].items():
+            work.add(int(follower), anchor)
+        if not params["by_hand"]:
+            depth = Depth(blocks=params["blocks"], alike=tuple(params["alike"]), **params["protect"])
+            work.choose(depth, params["count"], params["still"])
     data: Json = {"groups": {str(one): anchor for one, anchor in sorted(work.groups.items())}, "rounds": work.rounds}
     if params["final"]:
-        data["start"] = work.result()
-        context.log(f"{len(work.groups)} blocks share: held-out KL {data['start']['kl']:.4g} before training", "info")
+        data["curve"] = work.result()
+        kl = data["curve"][-1]["kl"]
+        context.log(f"{len(work.groups)} blocks share: held-out KL {kl:.4g} before training", "info")
     return StepOutput(blobs=work.blobs, data=data)
 
 
 class _Round:
     """The model with the followers chosen so far, and what was measured."""
 
-    def __init__(self, context: StepContext, config: DeltaLLMConfig, rank: int) -> None:
+    def __init__(self, context: StepContext, config: DeltaLLMConfig, rank: int, sources: Sources) -> None:
         before = context.input("previous") if "previous" in context.spec.inputs else None
         checkpoint = opened(context, "variant")
         self.groups: dict[int, int] = {}
@@ -63,11 +66,13 @@ class _Round:
         self.blobs: dict[str, str] = dict(before.blobs) if before else {}
         self._context = context
         layers = shareable(checkpoint.manifest["config"], architecture_of(checkpoint), config.kinds)
-        self._student = Student.of(checkpoint, layers, context.device)
+        self._base = base_input(context)
+        self._layers = layers
+        self._student = Student.of(checkpoint, self._base, layers, context.device)
         self._blocks = [self._student.model.get_submodule(path) for path, _ in _paths(checkpoint.manifest["config"])]
         calibrated = any(name.startswith("hessians") for name in context.spec.inputs)
         hessians = Hessians(context, checkpoint.fingerprint) if calibrated else None
-        self._starts = Starts(config, rank, context.spec.seed, hessians)
+        self._starts = Starts(config, rank, sources, hessians, seed=context.spec.seed, device=context.device)
         for follower, anchor in (before.data["groups"] if before else {}).items():
             self.add(int(follower), anchor)
 
@@ -91,15 +96,19 @@ class _Round:
                 self.groups[block] = pairs[block]
             count, still = count - len(chosen), still - len(chosen)
 
-    def result(self) -> Json:
-        """What the chosen followers cost on held-out text."""
+    def result(self) -> list[Json]:
+        """What the chosen followers cost on held-out text, behind what the packed base alone costs."""
+        held, curve = HeldOut(self._context), []
+        if self._base is not None:
+            self._student.share([])
+            curve.append(held.measured(self._student, 0, "base"))
         self._student.share(self.groups)
-        return HeldOut(self._context).measured(self._student, 0, "start")
+        return [*curve, held.measured(self._student, 0, "start")]
 
     def _put(self, follower: int, anchor: int) -> None:
         name = pair_file(follower, anchor)
         if name not in self.blobs:
-            self.blobs[name] = _written(self._context, self._starts.of(self._student, follower, anchor))
+            self.blobs[name] = _written(self._context, self._starts.of(self._layers, follower, anchor))
         self._student.put(follower, anchor, read_factors(self._context, self.blobs[name]))
 
     def _measured(self, candidates: list[int]) -> dict[int, float]:

@@ -5,15 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from compression_worker.catalog import METHODS
 from compression_worker.contracts import CompressionError, Json
 from compression_worker.methods.deltallm.config import DeltaLLMConfig
 from compression_worker.methods.deltallm.groups import Budget, Depth, budget, check_rank, rounds, saving
 from compression_worker.methods.deltallm.layout import ITEM_BYTES
-from compression_worker.preflight import FLOAT, PROCESS_BYTES, Estimate, Inputs, Model, Shapes, StepLoad, halvings
+from compression_worker.preflight import (
+    FLOAT,
+    PROCESS_BYTES,
+    Estimate,
+    Inputs,
+    Model,
+    Shapes,
+    StepLoad,
+    chunks_of,
+    halvings,
+)
 from compression_worker.quantization import estimate as shared
+from compression_worker.quantization.passes import at_once
 
-LINE, SHARED_LINE, FIGURES, HEADER_LINE, CANDIDATE, FIXED = 236, 330, 130, 105, 24, 3_300
+LINE, SHARED_LINE, FIGURES, HEADER_LINE, CANDIDATE, FIXED = 236, 330, 130, 165, 24, 3_300
+POINT, STEP = 130, 17
 STEP_DOCUMENT = 4_000
+FORWARD_AND_BACKWARD = 4
+"""Passes over the weights of a training step: forward, again where blocks are computed twice, and backward."""
+STATES = 4
+"""A parameter that is trained: itself, its gradient, and AdamW's two moments."""
 ATTENTION = {7: 4, 4: 2}
 """Linears of a block -> how many of them, the first ones, are attention's."""
 
@@ -40,24 +57,34 @@ def estimate(config: DeltaLLMConfig, inputs: Inputs) -> Estimate:
     """The whole job."""
     model, shapes = inputs.variant, inputs.variant.shapes()
     plan = planned(config, model, shapes)
-    parts = tuple(_parts(config, model, shapes, plan))
+    beneath: Estimate | None = None
+    if config.quantizes:
+        beneath = METHODS[config.base_method].forecaster().estimate(config.base_config(), inputs)
+    parts = tuple(_parts(config, model, shapes, plan, beneath))
     length = _length(config, model)
     candidates = len(plan.depth.candidates) if plan else 1
     sizes = {
         **shared.calibration_sizes(model, shapes, config.samples, config.length),
+        **(beneath.sizes if beneath else {}),
         "parameters": float(model.parameters),
         "window_tokens": float(length),
         "candidates": float(candidates),
-        "result_bytes": float(sum(part["bytes"] for part in parts)),
+        "shared_bytes": float(sum(part["bytes"] for part in parts)),
     }
     starts = _start_bytes(config, plan)
     answers = (config.text_windows + config.held_out) * length * FLOAT * (2 * config.teacher_logits + 2)
+    states = _chunks(config) * 3 * FLOAT * (plan.delta_parameters if plan else 0)
     hessians = shared.intermediate_bytes(sizes, hessians=True) if config.start == "svd_covariance" else 0
+    written = beneath.intermediate_bytes + beneath.result_bytes if beneath else 0
+    loads = _loads(config, model, shapes, sizes, plan, starts)
+    if beneath:
+        known = {load.kind for load in beneath.steps}
+        loads = iter([*beneath.steps, *(load for load in loads if load.kind not in known)])
     return Estimate(
         parts=parts,
         source_bytes=model.size_bytes,
-        intermediate_bytes=answers + starts + hessians + STEP_DOCUMENT * 8,
-        steps=tuple(_loads(config, model, shapes, sizes, plan, starts)),
+        intermediate_bytes=written + answers + starts + states + hessians + STEP_DOCUMENT * 8,
+        steps=tuple(loads),
         sizes=sizes,
         exact=plan is not None,
     )
@@ -88,13 +115,17 @@ def planned(config: DeltaLLMConfig, model: Model, shapes: Shapes | None) -> Plan
 
 
 def cheaper(config: DeltaLLMConfig) -> Iterator[DeltaLLMConfig]:
-    """The same job for less memory: shorter windows."""
+    """The same job for less memory: blocks computed twice, then shorter windows."""
+    if not config.checkpointing:
+        config = replace(config, checkpointing=True)
+        yield config
     for length in halvings(config.window_tokens, 64):
         yield replace(config, window_tokens=length)
 
 
 def calmer(config: DeltaLLMConfig) -> Iterator[DeltaLLMConfig]:
-    """What helps a job that failed on its numbers: factors that reach further."""
+    """What helps a job that diverged: a third of the learning rate; or factors that reach further."""
+    yield replace(config, learning_rate=config.learning_rate / 3)
     if config.delta_dtype == "float16":
         yield replace(config, delta_dtype="bfloat16")
 
@@ -105,9 +136,15 @@ def choose_work(params: Json, sizes: Mapping[str, float]) -> float:
     return (1 + sizes["candidates"] / 2) * windows * sizes["parameters"]
 
 
+def train_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Multiplications of forward and backward passes."""
+    windows = (params["last"] - params["first"]) * params["config"]["batch_size"]
+    return FORWARD_AND_BACKWARD * windows * sizes["window_tokens"] * sizes["parameters"]
+
+
 def assemble_work(params: Json, sizes: Mapping[str, float]) -> float:
     """Bytes written and hashed."""
-    return sizes["result_bytes"]
+    return sizes["shared_bytes"]
 
 
 def _sides(config: DeltaLLMConfig, shapes: Shapes) -> Iterator[tuple[int, int]]:
@@ -123,6 +160,18 @@ def _length(config: DeltaLLMConfig, model: Model) -> int:
     return min(config.window_tokens, int(said))
 
 
+def _chunks(config: DeltaLLMConfig) -> int:
+    return chunks_of(config.windows, config.chunk_steps * config.batch_size) * config.epochs
+
+
+def _passing(config: DeltaLLMConfig, shapes: Shapes, length: int, item: int) -> int:
+    """What a pass forward and backward keeps beside weights: inputs of blocks, one block's inside, and two logits."""
+    tokens = length * at_once(config.batch_size, length, shapes.vocabulary)
+    inside = 7 * shapes.hidden + 6 * shapes.inner
+    kept = shapes.layers * (shapes.hidden if config.checkpointing else shapes.hidden + inside)
+    return item * tokens * (kept + max(2 * shapes.vocabulary, inside))
+
+
 def _start_bytes(config: DeltaLLMConfig, plan: Plan | None) -> int:
     """Factors of each candidate, kept behind the round that first measured it."""
     if plan is None:
@@ -131,8 +180,13 @@ def _start_bytes(config: DeltaLLMConfig, plan: Plan | None) -> int:
     return pairs * ITEM_BYTES[config.delta_dtype] * plan.size.rank * sum(n + k for n, k in plan.sides)
 
 
-def _parts(config: DeltaLLMConfig, model: Model, shapes: Shapes | None, plan: Plan | None) -> Iterator[Json]:
+def _parts(
+    config: DeltaLLMConfig, model: Model, shapes: Shapes | None, plan: Plan | None, beneath: Estimate | None
+) -> Iterator[Json]:
     if shapes is None or plan is None:
+        if beneath:
+            yield from beneath.parts
+            return
         yield {"name": "other", "bytes": model.weight_bytes}
         yield {"name": "side files", "bytes": model.side_bytes}
         return
@@ -150,9 +204,24 @@ def _parts(config: DeltaLLMConfig, model: Model, shapes: Shapes | None, plan: Pl
         "other": round(shapes.other * width),
         "headers": HEADER_LINE * (matrices + followers + shapes.tensors),
         "side files": model.side_bytes,
-        "manifest": FIXED + lines + CANDIDATE * candidates,
+        "manifest": FIXED
+        + lines
+        + CANDIDATE * candidates
+        + POINT * _chunks(config)
+        + STEP * config.steps * config.epochs,
     }
+    if beneath:
+        sizes = _on_base(sizes, beneath, plan.shared_weights / shapes.linears)
     yield from ({"name": name, "bytes": size} for name, size in sizes.items() if size)
+
+
+def _on_base(sizes: Mapping[str, int], beneath: Estimate, shared_share: float) -> dict[str, int]:
+    """Parts of a packed base less those of shared weights, and the factors beside them."""
+    found: dict[str, int] = {"deltas": sizes["deltas"]}
+    for part in beneath.parts:
+        less = shared_share if part["name"] in ("codes", "scales", "headers") else 0
+        found[part["name"]] = round(part["bytes"] * (1 - less))
+    return found
 
 
 def _loads(
@@ -170,7 +239,7 @@ def _loads(
     logits = 3 * FLOAT * max(length * vocabulary, min(windows * length * vocabulary, 1 << 25))
     yield StepLoad(
         kind="teacher.logits",
-        count=1 if config.by_hand else 2,
+        count=(1 if config.by_hand else 2) + chunks_of(config.windows, config.chunk_steps * config.batch_size),
         units=windows * length * sizes["parameters"],
         memory_bytes=PROCESS_BYTES + FLOAT * model.parameters + logits,
         gpu_bytes=model.weight_bytes + logits,
@@ -192,4 +261,23 @@ def _loads(
         gpu_bytes=model.weight_bytes + factors + passing,
         gpu_host_bytes=PROCESS_BYTES + 2 * model.weight_bytes + factors,
     )
-    yield StepLoad(kind="deltallm.assemble", count=1, units=sizes["result_bytes"])
+    if chunks := _chunks(config):
+        trained = STATES * FLOAT * (plan.delta_parameters if plan else 0)
+        params = {
+            "first": 0,
+            "last": config.steps * config.epochs,
+            "config": {"batch_size": config.batch_size},
+        }
+        cpu, gpu = (
+            trained + _passing(config, shapes, length, item) if shapes else FLOAT * model.parameters
+            for item in (FLOAT, 2)
+        )
+        yield StepLoad(
+            kind="deltallm.train",
+            count=chunks,
+            units=train_work(params, sizes),
+            memory_bytes=PROCESS_BYTES + FLOAT * model.parameters + cpu,
+            gpu_bytes=model.weight_bytes + gpu,
+            gpu_host_bytes=PROCESS_BYTES + 2 * model.weight_bytes,
+        )
+    yield StepLoad(kind="deltallm.assemble", count=1, units=sizes["shared_bytes"])

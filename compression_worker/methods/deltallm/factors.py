@@ -8,8 +8,9 @@ import torch
 
 from compression_worker.contracts import sha256
 from compression_worker.methods.deltallm.config import DeltaLLMConfig
-from compression_worker.methods.deltallm.matrices import SharedMatrix
-from compression_worker.methods.deltallm.student import Factors, Student
+from compression_worker.methods.deltallm.matrices import Shareable, SharedMatrix
+from compression_worker.methods.deltallm.sources import Sources
+from compression_worker.methods.deltallm.student import Factors
 from compression_worker.quantization.calibration import Hessians
 from compression_worker.quantization.low_rank import closed_form, truncated
 
@@ -17,22 +18,25 @@ from compression_worker.quantization.low_rank import closed_form, truncated
 class Starts:
     """The factors that followers begin with, rounded to the dtype that they are stored in."""
 
-    def __init__(self, config: DeltaLLMConfig, rank: int, seed: int, hessians: Hessians | None) -> None:
-        self._config, self._rank, self._seed, self._hessians = config, rank, seed, hessians
+    def __init__(
+        self, config: DeltaLLMConfig, rank: int, sources: Sources, hessians: Hessians | None, *, seed: int, device: str
+    ) -> None:
+        self._config, self._rank, self._sources, self._hessians = config, rank, sources, hessians
+        self._seed, self._device = seed, device
         self._dtype: torch.dtype = getattr(torch, config.delta_dtype)
 
-    def of(self, student: Student, block: int, anchor: int) -> dict[str, Factors]:
+    def of(self, layers: Shareable, block: int, anchor: int) -> dict[str, Factors]:
         """Factors of the matrices of ``block`` on ``anchor``, by name of weight."""
         return {
-            follower.name: self._rounded(self._one(student, follower, theirs))
-            for follower, theirs in student.shareable.pairs({block: anchor})
+            follower.name: self._rounded(self._one(follower, theirs))
+            for follower, theirs in layers.pairs({block: anchor})
         }
 
-    def _one(self, student: Student, follower: SharedMatrix, anchor: SharedMatrix) -> Factors:
+    def _one(self, follower: SharedMatrix, anchor: SharedMatrix) -> Factors:
         seed = int(sha256(f"{self._seed} {follower.name} {anchor.name}".encode())[:15], 16)
         if self._config.start == "zero":
             return _zero(follower.sides, self._rank, seed)
-        delta = student.weight(follower) - student.weight(anchor)
+        delta = (self._sources.own(follower) - self._sources.anchor(anchor)).to(self._device)
         if self._hessians is None:
             return truncated(delta, self._rank, seed)
         a, b, _ = closed_form(delta, self._hessians.of(follower.name).to(delta.device), self._rank)

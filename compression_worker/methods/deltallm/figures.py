@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from compression_worker.contracts import Json, StepContext
-from compression_worker.making.inputs import opened
-from compression_worker.making.table import sides_of, six_digits
-from compression_worker.methods.deltallm.layout import delta_parameters, weigh
+from compression_worker.making.inputs import architecture_of, opened
+from compression_worker.making.table import Weigh, sides_of, six_digits
+from compression_worker.methods.deltallm.config import DeltaLLMConfig
+from compression_worker.methods.deltallm.layout import delta_parameters
+from compression_worker.methods.deltallm.replacement import probability
+from compression_worker.methods.deltallm.sources import base_input
 from compression_worker.tensors import ITEM_SIZES
 
 
-def made(context: StepContext, table: Mapping[str, Json], errors: Mapping[str, float], linears: Sequence[str]) -> Json:
-    """All figures. ``table``: the lines of all tensors; ``errors``: of shared weights; ``linears``: block linears."""
-    chosen = context.input("chosen").data
-    sizes = {name: _stored(table[name]) for name in linears}
-    whole = {name: _weights(table[name]) * ITEM_SIZES[table[name]["dtype"]] for name in linears}
-    weights = sum(_weights(table[name]) for name in linears)
+def made(
+    context: StepContext, config: DeltaLLMConfig, table: Mapping[str, Json], errors: Mapping[str, float], weigh: Weigh
+) -> Json:
+    """All figures. ``table``: the lines of all tensors; ``errors``: of shared weights; ``weigh``: how a line weighs."""
+    chosen, manifest = context.input("chosen").data, opened(context, "variant").manifest
+    base = base_input(context)
+    linears = [linear.name for linear in architecture_of(opened(context, "variant")).linears()]
+    sizes = {name: _stored(table[name], weigh) for name in linears}
+    whole = sum(_weights(table[name]) * ITEM_SIZES[table[name]["dtype"]] for name in linears)
+    weights, size = sum(_weights(table[name]) for name in linears), sum(sizes.values())
+    theirs = {line["name"]: line for line in base.manifest["figures"]["matrices"]} if base else {}
     return {
-        "matrices": [_matrix(name, table[name], sizes[name], errors.get(name, 0.0)) for name in linears],
-        "linears": {
-            "bits_per_weight": six_digits(8 * sum(sizes.values()) / weights),
-            "true_ratio": six_digits(sum(whole.values()) / sum(sizes.values())),
-        },
+        "matrices": [_matrix(name, table[name], sizes[name], errors, theirs) for name in linears],
+        "linears": {"bits_per_weight": six_digits(8 * size / weights), "true_ratio": six_digits(whole / size)},
         "sharing": {
             "groups": _groups(chosen["groups"]),
-            "rank": next(entry["rank"] for entry in table.values() if entry["kind"] == "shared"),
+            "rank": context.spec.params["rank"],
             "rounds": chosen["rounds"],
-            "kl_before_training": chosen["start"]["kl"],
-            "parameters": parameters(opened(context, "variant").manifest["parameters"], table),
-            "operations": operations(table, opened(context, "variant").manifest),
+            "kl_before_training": chosen["curve"][-1]["kl"],
+            "parameters": parameters(manifest["parameters"], table),
+            "operations": operations(table, manifest),
         },
+        "training": _training(context, config),
     }
 
 
@@ -56,6 +62,36 @@ def operations(table: Mapping[str, Json], manifest: Json) -> Json:
     return {"before": before, "after": after}
 
 
+def _training(context: StepContext, config: DeltaLLMConfig) -> Json:
+    """The curve over tokens on held-out text, before and after; without training it is one point."""
+    text, start = context.input("text").data, context.input("chosen").data["curve"]
+    trained = context.input("trained").data if "trained" in context.spec.inputs else {"curve": start, "losses": []}
+    first, last = start[-1], trained["curve"][-1]
+    total = config.steps * config.epochs
+    vocabulary = opened(context, "variant").manifest["config"].get("vocab_size") or config.teacher_logits
+    if total and last["kl"] >= first["kl"]:
+        context.log(
+            f"on held-out text training brought the model no nearer to what it was: KL {first['kl']:.4g} before, "
+            f"{last['kl']:.4g} after",
+            "warning",
+        )
+    return {
+        "tokens": last["tokens"],
+        "losses": trained["losses"],
+        "curve": [{key: value for key, value in point.items() if key != "windows"} for point in trained["curve"]],
+        "kl_before": first["kl"],
+        "kl_after": last["kl"],
+        "ce_before": first["ce"],
+        "ce_after": last["ce"],
+        "kl_fell": last["kl"] < first["kl"],
+        "ce_fell": last["ce"] < first["ce"],
+        "teacher_logits": min(config.teacher_logits, vocabulary),
+        "probabilities": [six_digits(probability(config, step, total)) for step in range(total)],
+        "windows": {name: text[name] for name in ("windows", "distinct", "held_out", "length")},
+        "held_out_kl": {"before": first["windows"], "after": last["windows"]},
+    }
+
+
 def _groups(groups: Mapping[str, int]) -> Json:
     """Anchor -> its followers."""
     found: dict[str, list[int]] = {}
@@ -64,16 +100,21 @@ def _groups(groups: Mapping[str, int]) -> Json:
     return {anchor: sorted(followers) for anchor, followers in sorted(found.items(), key=lambda one: int(one[0]))}
 
 
-def _matrix(name: str, entry: Json, size: int, error: float) -> Json:
-    is_shared = entry["kind"] == "shared"
-    coding = f"rank {entry['rank']} on '{entry['anchor']}'" if is_shared else "whole"
-    return {"name": name, "coding": coding, "bytes": size, "relative_error": error}
-
-
-def _stored(entry: Json) -> int:
+def _matrix(name: str, entry: Json, size: int, errors: Mapping[str, float], theirs: Mapping[str, Json]) -> Json:
+    """A shared weight by what it is made of, another as the packed base says, or as it was."""
     if entry["kind"] == "shared":
-        return sum(weigh(entry)[0].values())
-    return _weights(entry) * ITEM_SIZES[entry["dtype"]]
+        coding = f"rank {entry['rank']} on '{entry['anchor']}'"
+        return {"name": name, "coding": coding, "bytes": size, "relative_error": errors[name]}
+    if name in errors:
+        return {"name": name, "coding": "whole, tuned", "bytes": size, "relative_error": errors[name]}
+    return dict(theirs.get(name) or {"name": name, "coding": "whole", "bytes": size, "relative_error": 0.0})
+
+
+def _stored(entry: Json, weigh: Weigh) -> int:
+    """Bytes of a linear."""
+    if entry["kind"] == "raw":
+        return _weights(entry) * ITEM_SIZES[entry["dtype"]]
+    return sum(weigh(entry)[0].values())
 
 
 def _weights(entry: Json) -> int:

@@ -2,7 +2,8 @@
 
 ``deltas.safetensors`` holds ``<weight>#A (r, K)`` and ``<weight>#B (N, r)`` of each weight that is not stored; its line
 in the table is of kind ``shared`` and names the ``anchor`` whose weight it uses. The weight in the checkpoint's own
-orientation is ``W_anchor + B A``, transposed where the checkpoint keeps it so.
+orientation is ``W_anchor + B A``, transposed where the checkpoint keeps it so. On a packed base all other files are the
+base's own, less the codes of shared weights.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from compression_worker.contracts import Json
-from compression_worker.making.table import sides_of
+from compression_worker.making.table import Weigh, sides_of
 
 DELTAS_FILE = "deltas.safetensors"
 QUANT_METHOD = "deltaworks_deltallm"
@@ -19,9 +20,9 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 NAME, VERSION = "shared-layers", 1
 
 
-def layout() -> Json:
-    """What the manifest says of the layout."""
-    return {"name": NAME, "version": VERSION, "rule": "W = W_anchor + B A"}
+def layout(base: Json | None) -> Json:
+    """What the manifest says of the layout; ``base``: method, config and layout of a packed base."""
+    return {"name": NAME, "version": VERSION, "rule": "W = W_anchor + B A", "base": base}
 
 
 def delta_parameters(entry: Json) -> int:
@@ -29,7 +30,13 @@ def delta_parameters(entry: Json) -> int:
     return int(entry["rank"]) * sum(sides_of(entry))
 
 
-def weigh(entry: Json) -> tuple[Mapping[str, int], int]:
-    """Bytes by part of a line of kind ``shared``, and the weights it stands for."""
-    outputs, inputs = sides_of(entry)
-    return {"deltas": ITEM_BYTES[entry["delta_dtype"]] * delta_parameters(entry)}, outputs * inputs
+def weighing(beneath: Weigh | None) -> Weigh:
+    """How a line weighs: bytes by part and the weights it stands for; all but shared ones as in a packed base."""
+
+    def weigh(entry: Json) -> tuple[Mapping[str, int], int]:
+        if entry["kind"] != "shared" and beneath is not None:
+            return beneath(entry)
+        outputs, inputs = sides_of(entry)
+        return {"deltas": ITEM_BYTES[entry["delta_dtype"]] * delta_parameters(entry)}, outputs * inputs
+
+    return weigh

@@ -67,6 +67,24 @@ class Shareable:
         return found
 
 
+def unshared(
+    config: Json, architecture: Architecture, pairs: Sequence[tuple[SharedMatrix, SharedMatrix]]
+) -> dict[str, tuple[str, tuple[int, int]]]:
+    """The block linears that neither follow nor are followed: name -> path in the model and ``(N, K)``.
+
+    Experts of a mixture, which are no modules of their own, are left out.
+    """
+    taken = {one.name for pair in pairs for one in pair} | architecture.stacked()
+    model = build(config)
+    modules = dict(model.named_modules())
+    found = {}
+    for linear in (one for one in architecture.linears() if one.name not in taken):
+        own = architecture.memory.get(linear.name, linear.name)
+        path = module_path(own, modules, model.base_model_prefix)
+        found[linear.name] = (path, (linear.outputs, linear.inputs))
+    return found
+
+
 def shareable(config: Json, architecture: Architecture, kinds: Sequence[str]) -> Shareable:
     """What may be shared of a model. ``architecture`` has the names of its checkpoint.
 

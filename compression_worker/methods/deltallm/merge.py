@@ -10,6 +10,8 @@ import torch
 
 from compression_worker.architecture import describe
 from compression_worker.artifact import Artifact
+from compression_worker.contracts import CompressionError
+from compression_worker.making.beneath import as_base, implementation
 from compression_worker.making.loading import dense_model, module_path, pack_modules
 from compression_worker.making.reading import ArtifactTensors
 from compression_worker.methods.deltallm.layout import layout
@@ -19,14 +21,21 @@ from compression_worker.tensors import TensorFiles
 
 
 class SharedTensors(ArtifactTensors):
-    """The tensors of an artifact of DeltaLLM."""
+    """The tensors of an artifact of DeltaLLM; what is not shared is read as the base's method reads it, if any."""
 
     def __init__(self, artifact: Artifact) -> None:
-        places: dict[str, Path] = {}
+        said, places = artifact.manifest["layout"], dict[str, Path]()
+        if said != layout(said.get("base")):
+            raise CompressionError(
+                "unknown_format", "the artifact shares layers in a way that this version does not know"
+            )
         for name, entry in artifact.manifest["tensors"].items():
             path = artifact.paths[entry["file"]]
             places |= dict.fromkeys(keys(name), path) if entry["kind"] == "shared" else {name: path}
-        super().__init__(artifact, layout(), TensorFiles(places))
+        super().__init__(artifact, said, TensorFiles(places))
+        self._base: ArtifactTensors | None = None
+        if beneath := base_of_artifact(artifact):
+            self._base = self._stack.enter_context(implementation(beneath).open_merged(None, beneath))
 
     def factors(self, name: str) -> Factors:
         """``A (r, K)`` and ``B (N, r)`` of a shared weight, as stored."""
@@ -35,9 +44,18 @@ class SharedTensors(ArtifactTensors):
 
     def tiles_of(self, name: str) -> Iterator[torch.Tensor]:
         entry = self.table[name]
+        if entry["kind"] != "shared":
+            assert self._base is not None
+            yield from self._base.tiles_of(name)
+            return
         a, b = (one.to(torch.float32) for one in self.factors(name))
         left, right = (a.T, b.T) if entry.get("transposed") else (b, a)
         yield torch.addmm(self.tensor(entry["anchor"], torch.float32), left, right)
+
+
+def base_of_artifact(artifact: Artifact) -> Artifact | None:
+    """The packed base as an artifact of its own method, which lacks the shared weights; None where there is none."""
+    return as_base(artifact, artifact.manifest["tensors"]) if artifact.manifest["layout"]["base"] else None
 
 
 def open_merged(base: object, artifact: Artifact) -> SharedTensors:
@@ -53,21 +71,31 @@ def load_model(
     *,
     dense: bool = False,
 ) -> torch.nn.Module:
-    """The model with one copy of each anchor in memory.
+    """The model with one copy of each anchor in memory; a packed base is decoded on a CPU and stays in codes on a GPU.
 
     ``dense`` makes every follower's weight once instead: as large as the model was, and without the low-rank products.
     """
     if not dense:
-        return load_packed(artifact, device, dtype)
+        return _shared(artifact, device, dtype, packed=device.startswith("cuda"))
     with SharedTensors(artifact) as made:
-        model: torch.nn.Module = dense_model(made, dtype)
+        model: torch.nn.Module = dense_model(made, dtype, shared=True)
     return model.to(device).eval().requires_grad_(False)
 
 
 def load_packed(artifact: Artifact, device: str = "cpu", dtype: torch.dtype | None = None) -> torch.nn.Module:
-    """The model whose followers use their anchors' weights."""
+    """The model whose followers use their anchors' weights, which stay in codes where there is a packed base."""
+    return _shared(artifact, device, dtype, packed=True)
+
+
+def _shared(artifact: Artifact, device: str, dtype: torch.dtype | None, *, packed: bool) -> torch.nn.Module:
+    beneath = base_of_artifact(artifact)
     with SharedTensors(artifact) as made:
-        model: Any = dense_model(made, dtype, leave=lambda name: made.table[name]["kind"] == "shared")
+        if beneath is None:
+            model: Any = dense_model(made, dtype)
+        elif packed:
+            model = implementation(beneath).load_packed(beneath, "cpu", dtype)
+        else:
+            model = implementation(beneath).load_model(None, beneath, "cpu", dtype)
         share(model, made)
     loaded: torch.nn.Module = model.to(device).eval().requires_grad_(False)
     return loaded

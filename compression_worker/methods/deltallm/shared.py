@@ -59,11 +59,15 @@ class Follower(torch.nn.Module):
         super().__init__()
         self.shared = shared
         self.switch = switch
-        self._original = (original,)
+        self._original: tuple[Any, ...] = (original,)
 
     @property
     def original(self) -> Any:
         return self._original[0]
+
+    def forget(self) -> None:
+        """Be the shared linear alone."""
+        self._original = ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.shared(x) if self.switch.new else self.original(x)

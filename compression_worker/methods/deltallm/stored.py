@@ -1,11 +1,13 @@
-"""The files of an artifact: everything that is left of the checkpoint, and the factors in the place of the rest."""
+"""The files of an artifact: everything that is left of the checkpoint or its packed base, and the factors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
+from compression_worker import gate
+from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError, Json, StepContext, sha256
 from compression_worker.making.blobs import write_pieces
 from compression_worker.making.inputs import opened
@@ -13,60 +15,37 @@ from compression_worker.making.table import RAW_FILE, relative_error
 from compression_worker.methods.deltallm.config import DeltaLLMConfig
 from compression_worker.methods.deltallm.layout import DELTAS_FILE
 from compression_worker.methods.deltallm.matrices import SharedMatrix
-from compression_worker.methods.deltallm.student import Factors, keys
+from compression_worker.methods.deltallm.sources import Sources
+from compression_worker.methods.deltallm.student import LORA_SCALE, Factors, keys
 from compression_worker.quantization.rest import TRANSFORMERS
-from compression_worker.tensors import Spec, checkpoint_files, raw_bytes, whole, write_file
+from compression_worker.tensors import Spec, TensorFile, checkpoint_files, raw_bytes, whole, write_file
 
 Pair = tuple[SharedMatrix, SharedMatrix]
 """A follower's matrix and its anchor's."""
 
 
-class Stored:
-    """Writes the blobs; ``lines`` are those of shared weights, ``raw`` says the part of every other tensor.
+class Deltas:
+    """The file of all factors; ``lines`` of the table, and ``errors``: ``|W - (W_a + B A)| / |W|``, of each weight."""
 
-    ``errors``: ``|W - (W_a + B A)| / |W|`` of each shared weight.
-    """
-
-    def __init__(self, context: StepContext, config: DeltaLLMConfig, pairs: Sequence[Pair]) -> None:
+    def __init__(
+        self, context: StepContext, config: DeltaLLMConfig, pairs: Sequence[Pair], factors: Mapping[str, Factors]
+    ) -> None:
         self.lines: dict[str, Json] = {}
-        self.raw: dict[str, str] = {}
         self.errors: dict[str, float] = {}
-        self._context, self._config, self._pairs = context, config, pairs
-        self._checkpoint = opened(context, "variant")
-
-    def deltas(self, factors: Mapping[str, Factors]) -> str:
-        """The file of all factors; its digest."""
-        dtype: torch.dtype = getattr(torch, self._config.delta_dtype)
+        self._config, self._theirs = config, opened(context, "variant").manifest["tensors"]
+        dtype: torch.dtype = getattr(torch, config.delta_dtype)
         flat: dict[str, torch.Tensor] = {}
-        with checkpoint_files(self._checkpoint) as files:
-            for done, (follower, anchor) in enumerate(self._pairs, start=1):
+        with Sources.of(context) as sources:
+            for done, (follower, anchor) in enumerate(pairs, start=1):
                 a, b = (one.to("cpu", dtype).contiguous() for one in factors[follower.name])
                 first, second = keys(follower.name)
                 flat |= {first: a, second: b}
                 self.lines[follower.name] = self._line(follower, anchor, a, b)
-                own, theirs = (_oriented(one, files.file(one.name).tensor(one.name)) for one in (follower, anchor))
-                self.errors[follower.name] = _error(own, theirs, a, b)
-                self._context.progress(done, len(self._pairs), "matrices")
-        return write_pieces(self._context, {name: whole(one) for name, one in sorted(flat.items())})
-
-    def rest(self, parts: Mapping[str, str]) -> dict[str, str]:
-        """Every tensor of the checkpoint but shared weights and second names, byte for byte: file -> digest."""
-        tensors = self._checkpoint.manifest["tensors"]
-        left = {*self.lines, *dict(self._checkpoint.manifest["aliases"])}
-        names = [name for name in sorted(tensors) if name not in left]
-        self.raw = {name: parts.get(name, "other") for name in names}
-        with checkpoint_files(self._checkpoint) as files, self._context.store.writer() as blob:
-
-            def watched(at: int, name: str) -> Iterator[memoryview]:
-                yield from files.file(name).chunks(name)
-                self._context.progress(at + 1, len(names), "tensors")
-
-            data = {
-                name: (Spec(tensors[name]["dtype"], tuple(tensors[name]["shape"])), watched(at, name))
-                for at, name in enumerate(names)
-            }
-            write_file(blob, data, TRANSFORMERS)
-        return {RAW_FILE: blob.digest}
+                self.errors[follower.name] = _distance(
+                    torch.addmm(sources.anchor(anchor), b.float(), a.float()), sources.own(follower)
+                )
+                context.progress(done, len(pairs), "matrices")
+        self.digest = write_pieces(context, {name: whole(one) for name, one in sorted(flat.items())})
 
     def _line(self, follower: SharedMatrix, anchor: SharedMatrix, a: torch.Tensor, b: torch.Tensor) -> Json:
         if not bool(a.isfinite().all() and b.isfinite().all()):
@@ -77,7 +56,7 @@ class Stored:
         line: Json = {
             "kind": "shared",
             "file": DELTAS_FILE,
-            "dtype": self._checkpoint.manifest["tensors"][follower.name]["dtype"],
+            "dtype": self._theirs[follower.name]["dtype"],
             "shape": list(follower.linear.shape),
             "anchor": anchor.name,
             "rank": len(a),
@@ -87,11 +66,82 @@ class Stored:
         return line | {"transposed": True} if follower.linear.transposed else line
 
 
-def _oriented(matrix: SharedMatrix, weight: torch.Tensor) -> torch.Tensor:
-    """``W (N, K)`` in fp32."""
-    return (weight.T if matrix.linear.transposed else weight).to(torch.float32)
+def raw_parts(context: StepContext, parts: Mapping[str, str], shared: Collection[str]) -> dict[str, str]:
+    """Every tensor of the checkpoint but shared weights and second names -> its part of the ledger."""
+    manifest = opened(context, "variant").manifest
+    left = {*shared, *dict(manifest["aliases"])}
+    return {name: parts.get(name, "other") for name in sorted(manifest["tensors"]) if name not in left}
 
 
-def _error(weight: torch.Tensor, anchor: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
-    off = weight - torch.addmm(anchor, b.float(), a.float())
-    return relative_error(float(off.double().square().sum()), float(weight.double().square().sum()))
+def raw_file(
+    context: StepContext, names: Collection[str], tuned: Mapping[str, Factors] | None = None
+) -> tuple[str, dict[str, tuple[str, float]]]:
+    """The tensors ``names`` of the checkpoint, byte for byte; the file's digest.
+
+    Adapters are merged into those of ``tuned``, name -> ``A`` and ``B`` of a product that lies as the weight does: the
+    second value holds their new digests, and how far they went, ``|change| / |W|``.
+    """
+    checkpoint = opened(context, "variant")
+    tensors = checkpoint.manifest["tensors"]
+    changes: dict[str, tuple[str, float]] = {}
+    with checkpoint_files(checkpoint) as files, context.store.writer() as blob:
+
+        def watched(at: int, name: str) -> Iterator[memoryview]:
+            if tuned and name in tuned:
+                weight = files.file(name).tensor(name)
+                made = _merged(weight, *tuned[name])
+                changes[name] = (sha256(raw_bytes(made)), _distance(made, weight))
+                yield raw_bytes(made)
+            else:
+                yield from files.file(name).chunks(name)
+            context.progress(at + 1, len(names), "tensors")
+
+        data = {
+            name: (Spec(tensors[name]["dtype"], tuple(tensors[name]["shape"])), watched(at, name))
+            for at, name in enumerate(names)
+        }
+        write_file(blob, data, TRANSFORMERS)
+    return blob.digest, changes
+
+
+def _merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``W + s B A``, rounded once to the weight's dtype."""
+    return (weight.float() + LORA_SCALE * (b.float() @ a.float())).to(weight.dtype).contiguous()
+
+
+def base_files(context: StepContext, base: Artifact, shared: Collection[str]) -> dict[str, str]:
+    """The files of a packed base by digest, written anew without the codes of shared weights where they hold any.
+
+    What belongs to a weight is called ``<module>.<piece>`` or ``<weight>#<piece>``. The base's own config.json and
+    index stay behind: they describe the whole base.
+    """
+    begins = tuple(start for name in shared for start in (f"{name.removesuffix('.weight')}.", f"{name}#"))
+    away = {gate.INDEX_FILE, *base.manifest["side_files"]}
+    found = {}
+    for file, entry in base.manifest["files"].items():
+        if file in away:
+            continue
+        coded = file.endswith(".safetensors") and file != RAW_FILE
+        digest = _without(context, entry["sha256"], begins) if coded else entry["sha256"]
+        if digest:
+            found[file] = digest
+    return found
+
+
+def _without(context: StepContext, digest: str, begins: tuple[str, ...]) -> str:
+    """The file without tensors whose names begin so; nothing where none is left."""
+    with TensorFile(context.store.verified_path(digest)) as file:
+        kept = [name for name in file.entries if not name.startswith(begins)]
+        if len(kept) == len(file.entries):
+            return digest
+        if not kept:
+            return ""
+        with context.store.writer() as blob:
+            write_file(blob, {name: (file.entries[name].spec, file.chunks(name)) for name in kept}, TRANSFORMERS)
+        return blob.digest
+
+
+def _distance(made: torch.Tensor, weight: torch.Tensor) -> float:
+    """``|made - weight| / |weight|``"""
+    off = made.double() - weight.double()
+    return relative_error(float(off.square().sum()), float(weight.double().square().sum()))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import torch
 
+from compression_worker.adapters import lora_names
 from compression_worker.contracts import Json, StepContext, StepOutput
+from compression_worker.making.beneath import implementation, packed_base
 from compression_worker.making.inputs import opened
 from compression_worker.making.reading import ArtifactTensors
 from compression_worker.making.table import six_digits
 from compression_worker.methods.int21 import packed_base as base_method
 from compression_worker.methods.int21.config import Int21Config
-from compression_worker.methods.int21.layout import keys
 from compression_worker.methods.int21.training import ADAPTER_FILE
 from compression_worker.quantization.calibration import Hessians
 from compression_worker.quantization.low_rank import closed_form
@@ -24,10 +25,10 @@ from compression_worker.tensors import Spec, TensorFiles, checkpoint_files, raw_
 def start_step(context: StepContext) -> StepOutput:
     """Factors of every adapted linear in fp32, and how much of each one's weighted error they take away."""
     config = Int21Config(**context.spec.params["config"])
-    base = base_method.packed_base(context)
+    base = packed_base(context)
     checkpoint = opened(context, "variant")
     hessians = Hessians(context, checkpoint.fingerprint)
-    beneath = base_method.implementation(base)
+    beneath = implementation(base)
     found: dict[str, torch.Tensor] = {}
     left: Json = {}
     places = base_method.adapted(base)
@@ -35,7 +36,7 @@ def start_step(context: StepContext) -> StepOutput:
         for done, (name, path) in enumerate(places.items(), start=1):
             error = _error(files, packed, name).to(context.device)
             a, b, share = closed_form(error, hessians.of(name).to(context.device), config.rank, config.scale)
-            first, second = keys(path)
+            first, second = lora_names(path)
             found[first], found[second] = a.cpu(), b.cpu()
             left[name] = six_digits(share)
             context.progress(done, len(places), "linears")

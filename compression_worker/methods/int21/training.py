@@ -20,10 +20,11 @@ import torch
 from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
 from compression_worker.making.allocation import given_back
+from compression_worker.making.beneath import implementation, packed_base
 from compression_worker.making.table import six_digits
-from compression_worker.methods.int21 import adapter
 from compression_worker.methods.int21 import packed_base as base_method
 from compression_worker.methods.int21.config import Int21Config
+from compression_worker.quantization import lora
 from compression_worker.quantization.divergence import Divergence, divergence
 from compression_worker.quantization.learning import LARGEST_GRADIENT, HeldOut, checkpoint_blocks, parts_of, rate_at
 from compression_worker.quantization.passes import at_once
@@ -52,16 +53,16 @@ class Student:
     @classmethod
     def on(cls, base: Artifact, config: Int21Config, device: str) -> Student:
         """``base`` packed on ``device``, its adapters still as PEFT begins them."""
-        model = base_method.implementation(base).load_packed(base, device, computing_dtype(device))
+        model = implementation(base).load_packed(base, device, computing_dtype(device))
         sides = base_method.sides(base)
-        adapter.attach(model, sides, rank=config.rank, alpha=config.lora_alpha)
+        lora.attach(model, sides, rank=config.rank, alpha=config.lora_alpha)
         if config.checkpointing:
             checkpoint_blocks(model, base.config)
         return cls(model, list(sides), device)
 
     @property
     def factors(self) -> dict[str, torch.nn.Parameter]:
-        return adapter.factors(self.model, self.paths)
+        return lora.factors(self.model, self.paths)
 
     def judged(self, windows: torch.Tensor, teacher: TopLogits | None, **weights: float) -> Divergence:
         """The loss of ``windows (B, T)``; ``teacher`` is what it answered there."""
@@ -74,13 +75,13 @@ def train_step(context: StepContext) -> StepOutput:
     """Optimizer steps ``first`` to ``last`` of a phase; the output carries the state and what was measured."""
     params = context.spec.params
     config, phase, first, last = Int21Config(**params["config"]), params["phase"], params["first"], params["last"]
-    base = base_method.packed_base(context)
+    base = packed_base(context)
     student = Student.on(base, config, context.device)
     held = HeldOut(context, config.temperature)
     before = context.input("previous") if "previous" in context.spec.inputs else None
     curve: list[Json] = list(before.data["curve"]) if before else [held.measured(student, 0, "base")]
     values = _beginning(context, base, config, before)
-    adapter.put(student.model, student.paths, values)
+    lora.put(student.model, student.paths, values)
     if before is None and config.start != "zero":
         curve.append(held.measured(student, 0, "start"))
     optimizer = _optimizer(student, values, steps=first)
@@ -148,7 +149,7 @@ def _beginning(
         found: dict[str, torch.Tensor] = {}
         with TensorFile(context.store.verified_path(context.input("start").blobs[ADAPTER_FILE])) as file:
             return found | {name: file.tensor(name) for name in file.entries}
-    return adapter.fresh(base_method.sides(base), config.rank, context.spec.seed)
+    return lora.fresh(base_method.sides(base), config.rank, context.spec.seed)
 
 
 def _optimizer(student: Student, values: Mapping[str, torch.Tensor], *, steps: int) -> torch.optim.AdamW:

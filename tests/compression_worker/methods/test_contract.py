@@ -33,11 +33,14 @@ from tests.families import FAMILIES, edit_weights, make_family_pair
 _BRIEF: Json = {"tokens": 128, "window_tokens": 32, "batch_size": 2, "held_out": 2, "rank": 2, "teacher_logits": 16}
 _SHARED: Json = {
     **{"groups": "0:1", "protect_first": 0, "protect_last": 0, "rank": 2, "window_tokens": 32, "measure_windows": 4},
-    **{"held_out": 2, "teacher_logits": 16, "samples": 4, "length": 32},
+    **{"held_out": 2, "teacher_logits": 16, "samples": 4, "length": 32, "batch_size": 2},
 }
 SETTINGS: dict[str, tuple[Json, Json]] = {
     "bitdelta": ({"distill_steps": 0}, {"distill_steps": 2, "batch_size": 2, "sequence_length": 32}),
-    "deltallm": ({"start": "zero", **_SHARED}, {"start": "svd_covariance", **_SHARED}),
+    "deltallm": (
+        {"tokens": 0, "start": "zero", **_SHARED},
+        {"tokens": 128, "start": "svd_covariance", "learning_rate": 1e-4, **_SHARED},
+    ),
     "gptq": ({"samples": 4, "length": 32, "num_bits": 8}, {"samples": 4, "length": 32, "inputs": "full"}),
     "int21": (
         {"samples": 4, "length": 32, "num_bits": 8, **_BRIEF},

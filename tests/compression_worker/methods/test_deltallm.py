@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,12 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from compression_worker import artifact as artifacts
+from compression_worker import catalog
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint, attach_folder, load_folder
-from compression_worker.contracts import CompressionError, Json, StepOutput, StepSpec
+from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput, StepSpec
 from compression_worker.making.inputs import architecture_of
-from compression_worker.methods.deltallm.compress import load_model
+from compression_worker.methods.deltallm.compress import load_model, load_packed
 from compression_worker.methods.deltallm.config import DeltaLLMConfig
 from compression_worker.methods.deltallm.estimate import estimate, planned
 from compression_worker.methods.deltallm.groups import (
@@ -31,12 +36,17 @@ from compression_worker.methods.deltallm.groups import (
     saving,
 )
 from compression_worker.methods.deltallm.layout import DELTAS_FILE
-from compression_worker.methods.deltallm.matrices import shareable
-from compression_worker.methods.deltallm.shared import Follower, SharedLinear
+from compression_worker.methods.deltallm.matrices import SharedMatrix, shareable
+from compression_worker.methods.deltallm.replacement import drawn, probability
+from compression_worker.methods.deltallm.shared import Follower, SharedLinear, without_bias
 from compression_worker.methods.deltallm.student import Student, keys
+from compression_worker.methods.deltallm.training import loss_of, replace_modules, round_factors
 from compression_worker.preflight import Inputs, Model
+from compression_worker.quantization.bases import BASES
+from compression_worker.quantization.learning import HeldOut
 from compression_worker.quantization.low_rank import truncated
-from compression_worker.runner import Runner, run_plan
+from compression_worker.quantization.teacher import TRAINED, TopLogits, read_logits, read_windows
+from compression_worker.runner import Runner, resolve_inputs, run_plan
 from compression_worker.samples import TEXT, parse_samples
 from compression_worker.store import Store
 from tests.families import make_family_pair
@@ -47,8 +57,10 @@ TEXTS = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in SENTENC
 LAYERS = 6
 QUICK: Json = {
     **{"protect_first": 1, "protect_last": 1, "rank": 4, "window_tokens": 16, "measure_windows": 2, "held_out": 2},
-    **{"samples": 4, "length": 16, "teacher_logits": 16},
+    **{"samples": 4, "length": 16, "teacher_logits": 16, "tokens": 0},
 }
+LEARNING: Json = {"groups": "1:2,3", "tokens": 256, "batch_size": 2, "p0": 0.2, "final_share": 0.25}
+"""Eight optimizer steps."""
 TOKENS = torch.arange(40, 60).view(1, 20)
 
 
@@ -78,7 +90,7 @@ class Job:
 
     def student(self, kinds: tuple[str, ...] = ("mlp",)) -> Student:
         layers = shareable(self.checkpoint.manifest["config"], architecture_of(self.checkpoint), kinds)
-        return Student.of(self.checkpoint, layers, "cpu")
+        return Student.of(self.checkpoint, None, layers, "cpu")
 
 
 class Made:
@@ -90,6 +102,11 @@ class Made:
     @cached_property
     def artifact(self) -> Artifact:
         return Artifact.open_store(self.job.store, self.output.data["artifact"])
+
+    @property
+    def training(self) -> Json:
+        found: Json = self.artifact.manifest["figures"]["training"]
+        return found
 
     @property
     def sharing(self) -> Json:
@@ -233,9 +250,14 @@ def test_a_large_matrix_is_decomposed_at_random_by_its_seed(monkeypatch: pytest.
 
 def starts(student: Student, block: int, anchor: int, rank: int) -> dict[str, Any]:
     return {
-        one.name: truncated(student.weight(one) - student.weight(other), rank)
+        one.name: truncated(weight_of(student, one) - weight_of(student, other), rank)
         for one, other in student.shareable.pairs({block: anchor})
     }
+
+
+def weight_of(student: Student, matrix: SharedMatrix) -> torch.Tensor:
+    weight: torch.Tensor = student.linear(matrix).weight.detach()
+    return weight.T if matrix.linear.transposed else weight
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
@@ -286,13 +308,9 @@ def halved(factors: dict[str, Any]) -> dict[str, Any]:
 
 def stored_answers(job: Job) -> tuple[Callable[[int], Any], torch.Tensor]:
     """What the teacher answered on the windows that candidates are measured by, and those windows."""
-    from compression_worker.contracts import StepContext
-    from compression_worker.quantization.teacher import TRAINED, read_logits, read_windows
-
     runner, digests = Runner(store=job.store, device="cpu"), list[str]()
     for step in job.planned(groups="", followers=2, picks_per_round=1).steps[:3]:
-        inputs = {name: digests[int(value[1:])] if value[0] == "@" else value for name, value in step.inputs.items()}
-        spec = StepSpec(kind=step.kind, params=step.params, inputs=inputs, seed=step.seed)
+        spec = StepSpec(kind=step.kind, params=step.params, inputs=resolve_inputs(step.inputs, digests), seed=step.seed)
         digests.append(runner.compute(spec, lambda event: None)[0])
     context = StepContext(
         store=job.store,
@@ -445,6 +463,20 @@ def test_a_text_is_asked_for(job: Job) -> None:
         ({"start": "random"}, "start is 'random'"),
         ({"delta_dtype": "int8"}, "delta_dtype is 'int8'"),
         ({"picks_per_round": 0}, "picks_per_round is 0"),
+        ({"tokens": -1}, "tokens is -1"),
+        ({"p0": 1.5}, "p0 is 1.5; it must be from 0 to 1"),
+        ({"final_share": -0.1}, "final_share is -0.1"),
+        ({"slope": 0}, "slope is 0"),
+        ({"base_method": "int21"}, "base_method is 'int21'; it may be one of none, gptq, quip_sharp"),
+        ({"base_method": "gptq", "num_bits": 5}, "num_bits is 5"),
+        ({"base_method": "quip_sharp", "group_size": 64}, "QuIP# has no such setting"),
+        ({"group_size": 64}, "anchors are not quantized"),
+        ({"train": "everything"}, "train is 'everything'"),
+        ({"hidden_weight": -1}, "hidden_weight is -1"),
+        ({"hidden_weight": 1.0, "base_method": "gptq"}, "set hidden_weight=0"),
+        ({"train": "deltas_lora", "base_method": "gptq"}, "set train=deltas"),
+        ({"train": "deltas_lora", "hidden_weight": 1.0}, "choose one of them"),
+        ({"replacement": "sudden"}, "replacement is 'sudden'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: Json, words: str) -> None:
@@ -461,7 +493,14 @@ def test_a_target_is_met(job: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"groups": "1:2,3"}, {"followers": 3}, {"followers": 2, "start": "svd_covariance"}]
+    "settings",
+    [
+        {"groups": "1:2,3"},
+        {"followers": 3},
+        {"followers": 2, "start": "svd_covariance"},
+        {**LEARNING, "epochs": 2},
+        {**LEARNING, "base_method": "gptq"},
+    ],
 )
 def test_the_estimate_foretells_steps_and_bytes(job: Job, settings: Json) -> None:
     made = job.run(**settings)
@@ -469,11 +508,13 @@ def test_the_estimate_foretells_steps_and_bytes(job: Job, settings: Json) -> Non
     model = Model(**{name: manifest[name] for name in ("config", "parameters", "weight_bytes", "size_bytes")})
     foretold = estimate(DeltaLLMConfig(**QUICK | settings), Inputs(variant=model))
     kinds = [step.kind for step in job.planned(**settings).steps]
-    assert {load.kind: load.count for load in foretold.steps} == {kind: kinds.count(kind) for kind in kinds}
+    counts = {load.kind: load.count for load in foretold.steps if not load.kind.endswith(".plan")}
+    assert counts == {kind: kinds.count(kind) for kind in kinds}
     stored = {part["name"]: part["bytes"] for part in made.artifact.parts}
     said = {part["name"]: part["bytes"] for part in foretold.parts}
     assert said["deltas"] == stored["deltas"]
-    assert said["linears"] == pytest.approx(stored["linears"], rel=0.02)
+    for name in {"linears", "codes"} & stored.keys():
+        assert said[name] == pytest.approx(stored[name], rel=0.02)
     assert foretold.result_bytes == pytest.approx(sum(stored.values()), rel=0.1)
     assert planned(DeltaLLMConfig(), model, model.shapes()) is None, "rank 64 of matrices that have 64 rows"
 
@@ -490,3 +531,319 @@ def test_a_follower_shows_what_it_is_made_of(job: Job) -> None:
     assert isinstance(follower, Follower)
     assert "rank=4" in repr(follower)
     assert follower.shared.rank == 4
+
+
+def test_probabilities_rise_in_a_line_and_end_in_a_phase_of_certainty() -> None:
+    config = DeltaLLMConfig(p0=0.2, final_share=0.25)
+    found = [probability(config, step, 8) for step in range(8)]
+    assert found == pytest.approx([0.2 + 0.8 * step / 6 for step in range(6)] + [1.0, 1.0])
+    steep = DeltaLLMConfig(p0=0.2, slope=0.5, final_share=0.25)
+    assert [probability(steep, step, 8) for step in range(4)] == pytest.approx([0.2, 0.7, 1.0, 1.0])
+    assert {probability(DeltaLLMConfig(replacement="none"), step, 8) for step in range(8)} == {1.0}
+
+
+def test_draws_depend_on_seed_step_and_place_alone() -> None:
+    places = [
+        (seed, step, block, kind) for seed in range(5) for step in range(100) for block in (3, 4) for kind in "ma"
+    ]
+    draws = [drawn(*place, 0.3) for place in places]
+    assert draws == [drawn(*place, 0.3) for place in places]
+    assert sum(draws) / len(draws) == pytest.approx(0.3, abs=0.04)
+    assert all(drawn(*place, 1.0) for place in places)
+    assert not any(drawn(*place, 0.0) for place in places)
+    more = [drawn(*place, 0.6) for place in places]
+    assert all(later for earlier, later in zip(draws, more, strict=True) if earlier), "no module goes back as p rises"
+
+
+def test_modules_are_replaced_one_by_one(job: Job) -> None:
+    student = job.student(("mlp", "attention"))
+    for block in (2, 3):
+        student.put(block, 1, starts(student, block, 1, 4))
+    config = DeltaLLMConfig(modules="mlp_attention", p0=0.5, final_share=0.5)
+    seen = set()
+    for step in range(20):
+        replace_modules(student, config, 3, step, 40)
+        seen.add(tuple(switch.new for switch in student.switches.values()))
+    assert len(seen) > 4, "MLP and attention of either block draw by themselves"
+    replace_modules(student, config, 3, 20, 40)
+    assert all(switch.new for switch in student.switches.values())
+
+
+def test_gradients_reach_the_factors_of_modules_that_go_the_new_way_alone(job: Job) -> None:
+    student = job.student()
+    for block in (2, 3):
+        student.put(block, 1, starts(student, block, 1, 4))
+    for parameter in student.factors.values():
+        parameter.requires_grad_(True)
+    student.share([3])
+    student.judged(TOKENS, None).loss.backward()
+    reached = {name for name, parameter in student.model.named_parameters() if parameter.grad is not None}
+    assert reached == {
+        f"model.layers.3.mlp.{side}_proj.shared.{factor}" for side in ("gate", "up", "down") for factor in "AB"
+    }
+    student.share([])
+    assert not student.judged(TOKENS, None).loss.requires_grad
+
+
+@pytest.mark.parametrize("settings", [{}, {"epochs": 2, "modules": "mlp_attention"}, {"replacement": "none"}])
+def test_a_run_in_small_chunks_gives_the_bytes_of_one_in_one_go(job: Job, settings: Json) -> None:
+    one, many = job.run(**LEARNING | settings), job.run(chunk_tokens=32, **LEARNING | settings)
+    assert one.output.blobs[DELTAS_FILE] == many.output.blobs[DELTAS_FILE]
+    assert one.training["losses"] == many.training["losses"]
+    assert one.training["kl_after"] == many.training["kl_after"]
+    assert len(many.training["curve"]) > len(one.training["curve"]) == 1 + settings.get("epochs", 1)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_job_that_is_killed_at_twenty_places_ends_with_the_same_bytes(job: Job) -> None:
+    settings = {**LEARNING, "groups": "", "followers": 2, "picks_per_round": 1, "chunk_tokens": 64}
+    whole = job.run(**settings)
+    generator = random.Random(11)
+    digests: list[str] = []
+    deaths = 0
+    steps = job.planned(**settings).steps
+    training = [at for at, step in enumerate(steps) if step.kind == "deltallm.train"]
+    doomed = generator.choices(range(1, len(steps)), k=8) + generator.choices(training, k=12)
+    for at, step in enumerate(steps):
+        spec = StepSpec(kind=step.kind, params=step.params, inputs=resolve_inputs(step.inputs, digests), seed=step.seed)
+        for _ in range(doomed.count(at)):
+            with pytest.raises(Killed):
+                speaking(job, spec, generator.randrange(speaking(job, spec, None)))
+            deaths += 1
+        digests.append(Runner(store=job.store, device="cpu").compute(spec, lambda event: None)[0])
+    assert deaths == 20
+    output = StepOutput.from_bytes(job.store.read_bytes(digests[-1]))
+    assert output.blobs == whole.output.blobs
+
+
+def speaking(job: Job, spec: StepSpec, dies_at: int | None) -> int:
+    """Compute a step; how often it spoke of progress. It dies when it speaks for the time ``dies_at``, from 0."""
+    spoken = 0
+
+    def speak(done: int, total: int, unit: str) -> None:
+        nonlocal spoken
+        if spoken == dies_at:
+            raise Killed
+        spoken += 1
+
+    def nothing(*words: object) -> None:
+        pass
+
+    catalog.step_function(spec.kind)(
+        StepContext(store=job.store, spec=spec, progress=speak, log=nothing, measure=nothing)
+    )
+    return spoken
+
+
+def test_training_brings_the_model_nearer_to_what_it_was(job: Job) -> None:
+    made = job.run(**LEARNING | {"tokens": 1024, "learning_rate": 3e-3})
+    training = made.training
+    assert training["tokens"] == 1024
+    assert len(training["losses"]) == len(training["probabilities"]) == 32
+    assert training["probabilities"][0] == 0.2
+    assert training["kl_fell"]
+    assert training["kl_after"] < 0.95 * training["kl_before"] == made.sharing["kl_before_training"] * 0.95
+    source, raw = load_file(job.model / "model.safetensors"), load_file(made.artifact.paths["raw.safetensors"])
+    assert all(torch.equal(tensor, source[name]) for name, tensor in raw.items()), "nothing but the factors has learned"
+
+
+def test_what_is_measured_last_is_what_is_shipped(job: Job) -> None:
+    made = job.run(**LEARNING)
+    assert shipped(job, made, LEARNING) == pytest.approx(made.training["kl_after"], rel=1e-5)
+
+
+def shipped(job: Job, made: Made, settings: Json) -> float:
+    """The divergence of the artifact's own model on held-out text."""
+    model: Any = load_model(None, made.artifact, "cpu", torch.float32)
+    runner, digests = Runner(store=job.store, device="cpu"), list[str]()
+    for step in job.planned(**settings).steps[:2]:
+        spec = StepSpec(kind=step.kind, params=step.params, inputs=resolve_inputs(step.inputs, digests), seed=step.seed)
+        digests.append(runner.compute(spec, lambda event: None)[0])
+    context = StepContext(
+        store=job.store,
+        spec=StepSpec(kind="deltallm.train", inputs={"text": digests[0], "held_out": digests[1]}),
+        progress=lambda done, total, unit: None,
+        log=lambda text, level: None,
+        measure=lambda name, value: None,
+    )
+    layers = shareable(job.checkpoint.manifest["config"], architecture_of(job.checkpoint), ("mlp",))
+    kl: float = HeldOut(context).measured(Student(model, layers, "cpu"), 0, "shipped")["kl"]
+    return kl
+
+
+def test_a_plain_distillation_lets_the_old_weights_go(job: Job) -> None:
+    student = job.student()
+    student.put(3, 2, starts(student, 3, 2, 4))
+    shared = logits(student.model)
+    student.forget()
+    assert torch.equal(logits(student.model), shared)
+    with pytest.raises(IndexError):
+        _ = student.followers["model.layers.3.mlp.up_proj.weight"].original
+
+
+def test_a_factor_that_fp16_cannot_hold_is_refused(job: Job) -> None:
+    student = job.student()
+    student.put(3, 2, starts(student, 3, 2, 4))
+    next(iter(student.factors.values())).data.fill_(1e6)
+    with pytest.raises(CompressionError, match="set delta_dtype=bfloat16"):
+        round_factors(student, DeltaLLMConfig())
+    round_factors(student, DeltaLLMConfig(delta_dtype="bfloat16"))
+
+
+QUANTIZED: Json = {"groups": "1:2,3", "num_bits": 4, "samples": 4, "length": 32}
+
+
+@pytest.mark.parametrize(("base_method", "modules"), [*((name, "mlp") for name in BASES), ("gptq", "mlp_attention")])
+def test_anchors_in_codes_are_the_base_s_own_and_followers_have_none(job: Job, base_method: str, modules: str) -> None:
+    made = job.run(**QUANTIZED, base_method=base_method, modules=modules)
+    config = DeltaLLMConfig(**QUICK | QUANTIZED, base_method=base_method).base_config()
+    spec = StepSpec(kind=f"{base_method}.plan", params={"config": asdict(config)}, inputs=job.inputs, seed=3)
+    alone = Artifact.open_store(job.store, run_plan(job.store, spec, device="cpu").data["artifact"])
+    table = made.artifact.manifest["tensors"]
+    shared = {name for name, entry in table.items() if entry["kind"] == "shared"}
+    assert len(shared) == (6 if modules == "mlp" else 14)
+    assert {n: one for n, one in table.items() if n not in shared} == {
+        n: one for n, one in alone.manifest["tensors"].items() if n not in shared
+    }
+    ours, theirs = codes_of(made.artifact), codes_of(alone)
+    begins = tuple(start for name in shared for start in (name.removesuffix("weight"), f"{name}#"))
+    assert ours.keys() == {name for name in theirs if not name.startswith(begins)}
+    assert len(ours) < len(theirs)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    sizes = {name: entry["size"] for name, entry in made.artifact.manifest["files"].items()}
+    assert sum(part["bytes"] for part in made.artifact.parts) == sum(sizes.values()) + made.artifact.manifest_bytes
+    assert made.artifact.problems() == []
+
+    full = load_model(None, made.artifact, "cpu", torch.float32)
+    dense = load_model(None, made.artifact, "cpu", torch.float32, dense=True)
+    torch.testing.assert_close(logits(dense), logits(full), rtol=1e-4, atol=1e-4)
+    packed: Any = load_packed(made.artifact, "cpu", torch.float32)
+    torch.testing.assert_close(logits(packed), logits(full), rtol=1e-4, atol=1e-4)
+    layer = packed.get_submodule("model.layers.3.mlp.up_proj")
+    assert isinstance(layer, SharedLinear)
+    assert layer.anchor is packed.get_submodule("model.layers.1.mlp.up_proj")
+    assert storage(packed) < storage(full) * 0.7
+
+
+def codes_of(artifact: Artifact) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file, path in artifact.paths.items():
+        if file.startswith("codes-"):
+            found |= load_file(path)
+    return found
+
+
+def test_a_difference_mends_what_quantization_lost_of_the_anchor(job: Job) -> None:
+    """At nearly full rank a follower is nearer to its own weight than its own codes were."""
+    made = job.run(**QUANTIZED | {"num_bits": 2}, base_method="gptq", rank=40)
+    matrices = {line["name"]: line for line in made.artifact.manifest["figures"]["matrices"]}
+    follower, anchor = (matrices[f"model.layers.{block}.mlp.up_proj.weight"] for block in (2, 1))
+    assert follower["coding"] == "rank 40 on 'model.layers.1.mlp.up_proj.weight'"
+    assert follower["relative_error"] < anchor["relative_error"]
+    assert [point["phase"] for point in made.training["curve"]] == ["base", "start"]
+
+
+def test_a_quantized_model_that_shares_learns(job: Job) -> None:
+    settings = {**QUANTIZED, **LEARNING, "base_method": "gptq", "tokens": 512, "learning_rate": 3e-3}
+    made = job.run(**settings)
+    assert [point["phase"] for point in made.training["curve"]] == ["base", "start", "train"]
+    assert made.training["kl_after"] < made.training["kl_before"]
+    again = job.run(**settings, chunk_tokens=64)
+    assert again.output.blobs[DELTAS_FILE] == made.output.blobs[DELTAS_FILE]
+
+
+def test_hessians_of_a_base_are_used_again(job: Job) -> None:
+    kinds = [step.kind for step in job.planned(**QUANTIZED, base_method="quip_sharp", start="svd_covariance").steps]
+    assert "quip_sharp.assemble" in kinds
+    assert "calibration.hessians" in kinds
+    assert kinds.count("calibration.tokens") == 1
+
+
+def test_a_bias_of_an_anchor_is_not_its_followers(job: Job) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((3, 8), generator=generator)
+    plain = torch.nn.Linear(8, 6)
+    torch.testing.assert_close(without_bias(plain, x), x @ plain.weight.T)
+
+    class Packed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("codes", plain.weight.detach().clone())
+            self.bias = torch.nn.Parameter(torch.ones(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x @ self.codes.T
+            return y if self.bias is None else y + self.bias
+
+    packed = Packed()
+    torch.testing.assert_close(without_bias(packed, x), x @ plain.weight.T)
+    assert packed.bias is not None
+    torch.testing.assert_close(packed(x), x @ plain.weight.T + 1)
+
+
+@pytest.mark.parametrize("settings", [{"groups": "1:2,3"}, {**QUANTIZED, "base_method": "quip_sharp"}])
+def test_transformers_loads_the_folder_with_shared_weights(job: Job, settings: Json, tmp_path: Path) -> None:
+    made = job.run(**settings)
+    artifacts.write_folder(tmp_path / "artifact", job.store, made.output.blobs)
+    code = f"""
+import compression_worker, torch
+from transformers import AutoModelForCausalLM
+model, report = AutoModelForCausalLM.from_pretrained({str(tmp_path / "artifact")!r}, dtype=torch.float32, output_loading_info=True)
+assert not any(report[part] for part in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+layer = model.get_submodule("model.layers.3.mlp.up_proj")
+assert layer.anchor is model.get_submodule("model.layers.1.mlp.up_proj")
+torch.save(model(torch.arange(40, 60).view(1, 20), use_cache=False).logits.detach(), {str(tmp_path / "logits")!r})
+model.generate(torch.arange(40, 44).view(1, 4), max_new_tokens=2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = logits(load_model(None, made.artifact, "cpu", torch.float32))
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-5, atol=1e-5)
+    (tmp_path / "artifact" / DELTAS_FILE).write_bytes(b"damaged")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"'{DELTAS_FILE}' has 7 bytes" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_adapters_are_merged_into_what_is_not_shared(family: str, tmp_path: Path) -> None:
+    folder = make_family_pair(tmp_path, family, dtype=torch.float32)[0]
+    job = Job(tmp_path, folder)
+    settings = {**LEARNING, "groups": "0:1", "rank": 2, "train": "deltas_lora", "lora_rank": 2, "learning_rate": 3e-3}
+    made = job.run(**settings, delta_dtype="float32")
+    source, raw = load_file(folder / "model.safetensors"), load_file(made.artifact.paths["raw.safetensors"])
+    changed = {name for name, tensor in raw.items() if not torch.equal(tensor, source[name])}
+    attention = "self_attn" if family == "llama" else "attn.c"
+    assert changed == {name for name in raw if attention in name and name.endswith("weight")}, "no anchor, no norm"
+    assert made.training["kl_after"] < made.training["kl_before"]
+    matrices = {line["name"]: line for line in made.artifact.manifest["figures"]["matrices"]}
+    assert {name for name, line in matrices.items() if line["coding"] == "whole, tuned"} == changed
+    assert all(0 < matrices[name]["relative_error"] < 1 for name in changed)
+    assert shipped(job, made, settings) == pytest.approx(made.training["kl_after"], rel=1e-3)
+    again = job.run(**settings, delta_dtype="float32", chunk_tokens=64)
+    assert again.output.blobs["raw.safetensors"] == made.output.blobs["raw.safetensors"]
+
+
+def test_hidden_states_come_near_to_those_of_the_old_way(job: Job) -> None:
+    student, config = job.student(), DeltaLLMConfig(hidden_weight=10.0)
+    for block in (2, 3):
+        student.put(block, 1, starts(student, block, 1, 4))
+    known = TopLogits.of(logits(student.model)[:, :-1], 16)
+    plain = DeltaLLMConfig()
+    ways = [(0.0, []), (1.0, [3]), (2.0, [2, 3])]
+    more = []
+    for _, blocks in ways:
+        student.share(blocks)
+        more.append(float(loss_of(student, TOKENS, known, config) - loss_of(student, TOKENS, known, plain)))
+        assert [switch.new for switch in student.switches.values()] == [block in blocks for block in (2, 3)]
+    assert more[0] == 0
+    assert 0 < more[1] < more[2]
+    with torch.no_grad():
+        student.share([])
+        _, old = student.hidden(TOKENS)
+        student.share([3])
+        _, new = student.hidden(TOKENS)
+    assert more[1] == pytest.approx(10 * float((new[3] - old[3]).square().mean()) / 2, rel=1e-3)
+    assert job.run(**LEARNING, hidden_weight=1.0).training["losses"] != job.run(**LEARNING).training["losses"]
