@@ -21,7 +21,8 @@ REPLACEMENTS = ("progressive", "none")
 STARTS = ("svd", "svd_covariance", "zero")
 FOR_BASE = ("num_bits", "group_size", "samples", "length")
 """Settings that are handed to the method of a packed base, where it has them."""
-DELTA_DTYPES = ("float16", "bfloat16", "float32")
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+DELTA_DTYPES = tuple(ITEM_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from compression_worker.catalog import METHODS
 from compression_worker.contracts import CompressionError, Json
-from compression_worker.methods.deltallm.config import DeltaLLMConfig
+from compression_worker.methods.deltallm.config import ITEM_BYTES, DeltaLLMConfig
 from compression_worker.methods.deltallm.groups import Budget, Depth, budget, check_rank, rounds, saving
-from compression_worker.methods.deltallm.layout import ITEM_BYTES
 from compression_worker.preflight import (
     FLOAT,
     PROCESS_BYTES,

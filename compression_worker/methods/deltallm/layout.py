@@ -1,4 +1,4 @@
-"""How DeltaLLM lies on disk: what is stored as it is, and the factors of each follower. No torch.
+"""How DeltaLLM lies on disk: what is stored as it is, and the factors of each follower.
 
 ``deltas.safetensors`` holds ``<weight>#A (r, K)`` and ``<weight>#B (N, r)`` of each weight that is not stored; its line
 in the table is of kind ``shared`` and names the ``anchor`` whose weight it uses. The weight in the checkpoint's own
@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 from compression_worker.contracts import Json
 from compression_worker.making.table import Weigh, sides_of
+from compression_worker.methods.deltallm.config import ITEM_BYTES
 
 DELTAS_FILE = "deltas.safetensors"
 QUANT_METHOD = "deltaworks_deltallm"
 """The name by which transformers knows how to load the artifact's folder."""
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 NAME, VERSION = "shared-layers", 1
 
 

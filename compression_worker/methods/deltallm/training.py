@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
+from compression_worker.making.allocation import given_back
 from compression_worker.making.blobs import read_blob, write_pieces
 from compression_worker.making.inputs import architecture_of, opened
 from compression_worker.making.table import six_digits
@@ -37,6 +38,7 @@ STATE_FILE = "state.safetensors"
 FIRST, SECOND, COUNT = "#first", "#second", "#count"
 
 
+@given_back()
 def train_step(context: StepContext) -> StepOutput:
     """Optimizer steps ``first`` to ``last``; the output carries the state and what was measured."""
     params = context.spec.params
