@@ -20,12 +20,14 @@ from compression_worker.contracts import CompressionError, Json, StepContext, St
 from compression_worker.making.blobs import read_blob, write_pieces
 from compression_worker.making.inputs import architecture_of, opened
 from compression_worker.making.table import six_digits
-from compression_worker.methods.deltallm.config import DeltaLLMConfig
+from compression_worker.methods.deltallm.config import LOW_RANK, SIGN, DeltaLLMConfig
+from compression_worker.methods.deltallm.differences import Pieces
 from compression_worker.methods.deltallm.factors import Starts
 from compression_worker.methods.deltallm.groups import Depth, picked
+from compression_worker.methods.deltallm.layout import keys
 from compression_worker.methods.deltallm.matrices import shareable
 from compression_worker.methods.deltallm.sources import Sources, base_input
-from compression_worker.methods.deltallm.student import Factors, Student, keys
+from compression_worker.methods.deltallm.student import Student
 from compression_worker.quantization.calibration import Hessians
 from compression_worker.quantization.divergence import divergence
 from compression_worker.quantization.learning import HeldOut
@@ -67,6 +69,7 @@ class _Round:
         self._context = context
         layers = shareable(checkpoint.manifest["config"], architecture_of(checkpoint), config.kinds)
         self._base = base_input(context)
+        self._form = config.share_form
         self._layers = layers
         self._student = Student.of(checkpoint, self._base, layers, context.device)
         self._blocks = [self._student.model.get_submodule(path) for path, _ in _paths(checkpoint.manifest["config"])]
@@ -108,7 +111,7 @@ class _Round:
     def _put(self, follower: int, anchor: int) -> None:
         name = pair_file(follower, anchor)
         if name not in self.blobs:
-            self.blobs[name] = _written(self._context, self._starts.of(self._layers, follower, anchor))
+            self.blobs[name] = _written(self._context, self._starts.of(self._layers, follower, anchor), self._form)
         self._student.put(follower, anchor, read_factors(self._context, self.blobs[name]))
 
     def _measured(self, candidates: list[int]) -> dict[int, float]:
@@ -161,17 +164,16 @@ def pair_file(follower: int, anchor: int) -> str:
     return f"start-{follower:05d}-on-{anchor:05d}.safetensors"
 
 
-def read_factors(context: StepContext, digest: str) -> dict[str, Factors]:
-    """Factors by name of weight, as stored."""
+def read_factors(context: StepContext, digest: str) -> dict[str, Pieces]:
+    """Pieces by name of weight, as stored."""
     found = read_blob(context, digest)
-    return {
-        name: (found[keys(name)[0]], found[keys(name)[1]])
-        for name in dict.fromkeys(key.partition("#")[0] for key in found)
-    }
+    form = SIGN if any(key.endswith("#scale") for key in found) else LOW_RANK
+    names = dict.fromkeys(key.partition("#")[0] for key in found)
+    return {name: (found[first], found[second]) for name in names for first, second in [keys(name, form)]}
 
 
-def _written(context: StepContext, factors: Mapping[str, Factors]) -> str:
-    flat = {key: one for name, pair in factors.items() for key, one in zip(keys(name), pair, strict=True)}
+def _written(context: StepContext, factors: Mapping[str, Pieces], form: str) -> str:
+    flat = {key: one for name, pair in factors.items() for key, one in zip(keys(name, form), pair, strict=True)}
     return write_pieces(context, {key: whole(one) for key, one in sorted(flat.items())})
 
 

@@ -23,13 +23,13 @@ from compression_worker.making.inputs import architecture_of, opened
 from compression_worker.making.table import RAW_FILE, raw_entry
 from compression_worker.methods.deltallm import figures, layout
 from compression_worker.methods.deltallm.choosing import pair_file, read_factors
-from compression_worker.methods.deltallm.config import DeltaLLMConfig
+from compression_worker.methods.deltallm.config import SIGN, DeltaLLMConfig
+from compression_worker.methods.deltallm.differences import Pieces
 from compression_worker.methods.deltallm.groups import Budget, Depth, budget, check_rank, rounds
 from compression_worker.methods.deltallm.matrices import Shareable, SharedMatrix, shareable, unshared
 from compression_worker.methods.deltallm.merge import load_model, load_packed, open_merged
 from compression_worker.methods.deltallm.sources import base_input
 from compression_worker.methods.deltallm.stored import Deltas, base_files, raw_file, raw_parts
-from compression_worker.methods.deltallm.student import Factors, keys
 from compression_worker.methods.deltallm.training import STATE_FILE
 from compression_worker.quantization.calibration import Sampling
 from compression_worker.quantization.calibration import planned as calibration_planned
@@ -58,7 +58,8 @@ def plan_step(context: StepContext) -> StepOutput:
         protect_last=config.protect_last,
     )
     size = _budget(config, depth, layers, checkpoint.manifest["parameters"])
-    context.log(f"{size.followers} of {depth.blocks} blocks follow another, at rank {size.rank}", "info")
+    words = f"at rank {size.rank}" if size.rank else "by signs"
+    context.log(f"{size.followers} of {depth.blocks} blocks follow another, {words}", "info")
     beneath = planned(context, config.base_method, config.base_config()).steps if config.quantizes else ()
     plan = _Plan(context, config, depth, size, beneath)
     plan.add_text_and_teacher()
@@ -83,17 +84,18 @@ def parse_config(value: Json) -> DeltaLLMConfig:
 
 def _budget(config: DeltaLLMConfig, depth: Depth, layers: Shareable, parameters: int) -> Budget:
     """How many blocks follow and at what rank; given by hand, or as the target takes."""
+    rank = 0 if config.share_form == SIGN else config.rank
     if by_hand := config.by_hand:
         depth.check(by_hand)
-        check_rank(layers.sides, config.rank)
-        return Budget(len(by_hand), config.rank)
+        check_rank(layers.sides, rank)
+        return Budget(len(by_hand), rank)
     return budget(
         layers.sides,
         parameters,
         depth,
         target=config.target_reduction,
         followers=config.followers,
-        rank=config.rank,
+        rank=rank,
     )
 
 
@@ -251,7 +253,7 @@ def assemble_step(context: StepContext) -> StepOutput:
     architecture = architecture_of(checkpoint)
     groups = {int(one): anchor for one, anchor in context.input("chosen").data["groups"].items()}
     pairs = shareable(checkpoint.manifest["config"], architecture, config.kinds).pairs(groups)
-    deltas = Deltas(context, config, pairs, _factors(context, groups, [follower.name for follower, _ in pairs]))
+    deltas = Deltas(context, config, pairs, _factors(context, groups, config.share_form))
     lines = deltas.lines
     if base is None:
         raw = raw_parts(context, architecture.parts, lines)
@@ -276,7 +278,8 @@ def assemble_step(context: StepContext) -> StepOutput:
         blobs={**blobs, layout.DELTAS_FILE: deltas.digest},
         figures=made,
         weigh=weigh,
-        name_hint=f"{METHOD}-{len(groups)}x-r{context.spec.params['rank']}"
+        name_hint=f"{METHOD}-{len(groups)}x-"
+        + (f"r{context.spec.params['rank']}" if context.spec.params["rank"] else SIGN)
         + (f"-{config.num_bits}bit" if base else ""),
         nominal_ratio=made["linears"]["true_ratio"],
         own_side=_readable(context, lines, raw, blobs[RAW_FILE]),
@@ -301,7 +304,7 @@ def _raw_lines(checkpoint: Checkpoint, parts: Mapping[str, str]) -> dict[str, Js
 
 def _adapters(
     context: StepContext, config: DeltaLLMConfig, pairs: Sequence[tuple[SharedMatrix, SharedMatrix]]
-) -> dict[str, Factors]:
+) -> dict[str, Pieces]:
     """Name -> ``A`` and ``B`` of linears that learned beside the shared ones; ``B A`` lies as the weight does."""
     if not config.tunes_others:
         return {}
@@ -316,13 +319,15 @@ def _adapters(
     return found
 
 
-def _factors(context: StepContext, groups: Mapping[int, int], named: Sequence[str]) -> dict[str, Factors]:
+def _factors(context: StepContext, groups: Mapping[int, int], form: str) -> dict[str, Pieces]:
     """Of every shared weight by name, as they are to be stored."""
-    if "trained" in context.spec.inputs:
-        state = read_blob(context, context.input("trained").blobs[STATE_FILE])
-        return {name: (state[first], state[second]) for name in named for first, second in [keys(name)]}
-    found: dict[str, Factors] = {}
+    found: dict[str, Pieces] = {}
     blobs = context.input("chosen").blobs
     for follower, anchor in groups.items():
         found |= read_factors(context, blobs[pair_file(follower, anchor)])
+    if "trained" in context.spec.inputs:
+        state = read_blob(context, context.input("trained").blobs[STATE_FILE])
+        for name, (first, second) in found.items():
+            one, other = layout.keys(name, form)
+            found[name] = (state.get(one, first), state.get(other, second))  # signs do not learn
     return found

@@ -23,6 +23,7 @@ FOR_BASE = ("num_bits", "group_size", "samples", "length")
 """Settings that are handed to the method of a packed base, where it has them."""
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 DELTA_DTYPES = tuple(ITEM_BYTES)
+LOW_RANK, SIGN = "low_rank", "sign"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +256,18 @@ class DeltaLLMConfig:
             "advanced": True,
         },
     )
+    share_form: str = field(
+        default=LOW_RANK,
+        metadata={
+            "label": "Form of a difference",
+            "help": (
+                "low_rank: two factors, as published. sign: one bit a weight and one scale, to compare with at equal "
+                "bytes; needs followers or groups."
+            ),
+            "choices": (LOW_RANK, SIGN),
+            "advanced": True,
+        },
+    )
     base_method: str = field(
         default="none",
         metadata={
@@ -330,6 +343,17 @@ class DeltaLLMConfig:
         whole_number("teacher_logits", self.teacher_logits, 1, 1 << 20)
         whole_number("held_out", self.held_out, 1, 10_000)
         one_of("delta_dtype", self.delta_dtype, DELTA_DTYPES)
+        one_of("share_form", self.share_form, (LOW_RANK, SIGN))
+        if self.share_form == SIGN and self.start != "svd":
+            raise CompressionError(
+                "bad_setting", f"start is {self.start!r}; differences of signs have one start: leave it"
+            )
+        if self.share_form == SIGN and self.followers is None and not self.groups.strip():
+            raise CompressionError(
+                "bad_setting",
+                "share_form=sign keeps a bit of every weight, and has no rank to meet a share of "
+                "parameters with: set followers or groups",
+            )
         one_of("base_method", self.base_method, ("none", *BASES))
         if self.quantizes:
             self.base_config()
@@ -405,3 +429,8 @@ class DeltaLLMConfig:
     def chunk_steps(self) -> int:
         """Optimizer steps of one chunk."""
         return max(1, self.chunk_tokens // (self.window_tokens * self.batch_size))
+
+
+def sign_bytes(outputs: int, inputs: int) -> int:
+    """Bytes of the signs of a matrix, in words along its inputs, and of their scale."""
+    return 4 * (outputs * -(-inputs // 32) + 1)

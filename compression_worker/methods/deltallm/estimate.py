@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from compression_worker.catalog import METHODS
 from compression_worker.contracts import CompressionError, Json
-from compression_worker.methods.deltallm.config import ITEM_BYTES, DeltaLLMConfig
+from compression_worker.methods.deltallm.config import ITEM_BYTES, SIGN, DeltaLLMConfig, sign_bytes
 from compression_worker.methods.deltallm.groups import Budget, Depth, budget, check_rank, rounds, saving
 from compression_worker.preflight import (
     FLOAT,
@@ -43,8 +43,21 @@ class Plan:
     sides: tuple[tuple[int, int], ...]
 
     @property
+    def is_signs(self) -> bool:
+        return not self.size.rank
+
+    @property
     def delta_parameters(self) -> int:
+        """What is trained of differences: factors, or a scale of each matrix."""
+        if self.is_signs:
+            return self.size.followers * len(self.sides)
         return self.size.followers * self.size.rank * sum(n + k for n, k in self.sides)
+
+    def delta_bytes(self, item_bytes: int) -> int:
+        """Differences as stored."""
+        if self.is_signs:
+            return self.size.followers * sum(sign_bytes(n, k) for n, k in self.sides)
+        return item_bytes * self.delta_parameters
 
     @property
     def shared_weights(self) -> int:
@@ -100,14 +113,15 @@ def planned(config: DeltaLLMConfig, model: Model, shapes: Shapes | None) -> Plan
         protect_first=config.protect_first,
         protect_last=config.protect_last,
     )
+    rank = 0 if config.share_form == SIGN else config.rank
     try:
         if config.by_hand:
             depth.check(config.by_hand)
-            check_rank(sides, config.rank)
-            size = Budget(len(config.by_hand), config.rank)
+            check_rank(sides, rank)
+            size = Budget(len(config.by_hand), rank)
         else:
             target = config.target_reduction
-            size = budget(sides, model.parameters, depth, target=target, followers=config.followers, rank=config.rank)
+            size = budget(sides, model.parameters, depth, target=target, followers=config.followers, rank=rank)
     except CompressionError:
         return None
     return Plan(size, depth, sides)
@@ -176,7 +190,7 @@ def _start_bytes(config: DeltaLLMConfig, plan: Plan | None) -> int:
     if plan is None:
         return 0
     pairs = plan.size.followers if config.by_hand else 2 * len(plan.depth.candidates)
-    return pairs * ITEM_BYTES[config.delta_dtype] * plan.size.rank * sum(n + k for n, k in plan.sides)
+    return pairs * plan.delta_bytes(ITEM_BYTES[config.delta_dtype]) // plan.size.followers
 
 
 def _parts(
@@ -195,7 +209,7 @@ def _parts(
     candidates = measured * len(plan.depth.candidates)
     lines = (LINE + FIGURES) * (matrices - followers) + (SHARED_LINE + FIGURES) * followers + LINE * shapes.tensors
     sizes = {
-        "deltas": ITEM_BYTES[config.delta_dtype] * plan.delta_parameters,
+        "deltas": plan.delta_bytes(ITEM_BYTES[config.delta_dtype]),
         "linears": round((shapes.linears - plan.shared_weights) * width),
         "embeddings": round(shapes.embeddings * width),
         "head": round(shapes.head * width),

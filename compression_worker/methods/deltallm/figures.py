@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from compression_worker.contracts import Json, StepContext
 from compression_worker.making.inputs import architecture_of, opened
 from compression_worker.making.table import Weigh, sides_of, six_digits
-from compression_worker.methods.deltallm.config import DeltaLLMConfig
-from compression_worker.methods.deltallm.layout import delta_parameters
+from compression_worker.methods.deltallm.config import SIGN, DeltaLLMConfig
+from compression_worker.methods.deltallm.layout import delta_operations, delta_parameters
 from compression_worker.methods.deltallm.replacement import probability
 from compression_worker.methods.deltallm.sources import base_input
 from compression_worker.tensors import ITEM_SIZES
@@ -30,6 +30,7 @@ def made(
         "linears": {"bits_per_weight": six_digits(8 * size / weights), "true_ratio": six_digits(whole / size)},
         "sharing": {
             "groups": _groups(chosen["groups"]),
+            "form": config.share_form,
             "rank": context.spec.params["rank"],
             "rounds": chosen["rounds"],
             "kl_before_training": chosen["curve"][-1]["kl"],
@@ -57,7 +58,7 @@ def operations(table: Mapping[str, Json], manifest: Json) -> Json:
     before = sum(2 * _weights(entry) for entry in matrices)
     tied = [target for _, target in manifest["aliases"]]
     before += sum(2 * _weights(table[name]) for name in tied)
-    after = before + sum(2 * delta_parameters(entry) for entry in matrices if entry["kind"] == "shared")
+    after = before + sum(delta_operations(entry) for entry in matrices if entry["kind"] == "shared")
     assert after >= before, "sharing saves no arithmetic"
     return {"before": before, "after": after}
 
@@ -103,7 +104,8 @@ def _groups(groups: Mapping[str, int]) -> Json:
 def _matrix(name: str, entry: Json, size: int, errors: Mapping[str, float], theirs: Mapping[str, Json]) -> Json:
     """A shared weight by what it is made of, another as the packed base says, or as it was."""
     if entry["kind"] == "shared":
-        coding = f"rank {entry['rank']} on '{entry['anchor']}'"
+        coding = f"rank {entry['rank']}" if entry["form"] != SIGN else "signs"
+        coding += f" on '{entry['anchor']}'"
         return {"name": name, "coding": coding, "bytes": size, "relative_error": errors[name]}
     if name in errors:
         return {"name": name, "coding": "whole, tuned", "bytes": size, "relative_error": errors[name]}

@@ -14,9 +14,10 @@ from compression_worker.contracts import CompressionError
 from compression_worker.making.beneath import as_base, implementation
 from compression_worker.making.loading import dense_model, module_path, pack_modules
 from compression_worker.making.reading import ArtifactTensors
-from compression_worker.methods.deltallm.layout import layout
+from compression_worker.making.table import sides_of
+from compression_worker.methods.deltallm.differences import Pieces, dense
+from compression_worker.methods.deltallm.layout import keys, layout
 from compression_worker.methods.deltallm.shared import SharedLinear
-from compression_worker.methods.deltallm.student import Factors, keys
 from compression_worker.tensors import TensorFiles
 
 
@@ -31,16 +32,16 @@ class SharedTensors(ArtifactTensors):
             )
         for name, entry in artifact.manifest["tensors"].items():
             path = artifact.paths[entry["file"]]
-            places |= dict.fromkeys(keys(name), path) if entry["kind"] == "shared" else {name: path}
+            places |= dict.fromkeys(keys(name, entry["form"]), path) if entry["kind"] == "shared" else {name: path}
         super().__init__(artifact, said, TensorFiles(places))
         self._base: ArtifactTensors | None = None
         if beneath := base_of_artifact(artifact):
             self._base = self._stack.enter_context(implementation(beneath).open_merged(None, beneath))
 
-    def factors(self, name: str) -> Factors:
-        """``A (r, K)`` and ``B (N, r)`` of a shared weight, as stored."""
-        a, b = (self._own.file(key).tensor(key) for key in keys(name))
-        return a, b
+    def pieces(self, name: str) -> Pieces:
+        """What is stored of a shared weight."""
+        first, second = (self._own.file(key).tensor(key) for key in keys(name, self.table[name]["form"]))
+        return first, second
 
     def tiles_of(self, name: str) -> Iterator[torch.Tensor]:
         entry = self.table[name]
@@ -48,9 +49,8 @@ class SharedTensors(ArtifactTensors):
             assert self._base is not None
             yield from self._base.tiles_of(name)
             return
-        a, b = (one.to(torch.float32) for one in self.factors(name))
-        left, right = (a.T, b.T) if entry.get("transposed") else (b, a)
-        yield torch.addmm(self.tensor(entry["anchor"], torch.float32), left, right)
+        added = dense(self.pieces(name), sides_of(entry)[1])
+        yield self.tensor(entry["anchor"], torch.float32) + (added.T if entry.get("transposed") else added)
 
 
 def base_of_artifact(artifact: Artifact) -> Artifact | None:
@@ -110,6 +110,6 @@ def share(model: Any, made: SharedTensors) -> None:
     def shared(name: str, linear: Any) -> SharedLinear:
         anchor = made.table[name]["anchor"]
         path = module_path(memory.get(anchor, anchor), modules, model.base_model_prefix)
-        return SharedLinear(modules[path], *made.factors(name), linear.bias)
+        return SharedLinear(modules[path], made.pieces(name), linear.bias)
 
     pack_modules(model, names, shared)

@@ -1,4 +1,4 @@
-"""A linear that keeps no weight: ``y = x W_a^T + (x A^T) B^T + bias``, ``A (r, K)``, ``B (N, r)``.
+"""A linear that keeps no weight: ``y = x W_a^T + x D^T + bias``, with a difference ``D`` of few bytes.
 
 ``W_a`` is the anchor's own, dense or packed: it lies in memory once, it is no part of this module's state, and it moves
 with the anchor alone. DeltaLLM, arXiv:2501.18596.
@@ -12,34 +12,26 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from compression_worker.methods.deltallm.differences import Pieces, difference
+
 
 class SharedLinear(torch.nn.Module):
-    """Uses the weight of ``anchor``, a linear of any kind, and adds a low-rank difference and a bias of its own."""
+    """Uses the weight of ``anchor``, a linear of any kind, and adds a difference and a bias of its own."""
 
-    def __init__(self, anchor: Any, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, anchor: Any, pieces: Pieces, bias: torch.Tensor | None) -> None:
         super().__init__()
         # In a tuple it is no child: no second name for its weight, and nothing to move twice.
         self._anchor = (anchor,)
-        self.A = torch.nn.Parameter(a, requires_grad=False)
-        self.B = torch.nn.Parameter(b, requires_grad=False)
+        self.difference = difference(pieces)
         self.bias = bias if bias is None or isinstance(bias, torch.nn.Parameter) else torch.nn.Parameter(bias)
-        self.in_features, self.out_features = a.shape[1], b.shape[0]
 
     @property
     def anchor(self) -> Any:
         return self._anchor[0]
 
-    @property
-    def rank(self) -> int:
-        return len(self.A)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low = linear(linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-        y = without_bias(self.anchor, x) + low
+        y = without_bias(self.anchor, x) + self.difference(x)
         return y if self.bias is None else y + self.bias
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 class Switch:

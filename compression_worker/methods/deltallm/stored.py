@@ -12,11 +12,12 @@ from compression_worker.contracts import CompressionError, Json, StepContext, sh
 from compression_worker.making.blobs import write_pieces
 from compression_worker.making.inputs import opened
 from compression_worker.making.table import RAW_FILE, relative_error
-from compression_worker.methods.deltallm.config import DeltaLLMConfig
-from compression_worker.methods.deltallm.layout import DELTAS_FILE
+from compression_worker.methods.deltallm.config import SIGN, DeltaLLMConfig
+from compression_worker.methods.deltallm.differences import Pieces, dense
+from compression_worker.methods.deltallm.layout import DELTAS_FILE, keys
 from compression_worker.methods.deltallm.matrices import SharedMatrix
 from compression_worker.methods.deltallm.sources import Sources
-from compression_worker.methods.deltallm.student import LORA_SCALE, Factors, keys
+from compression_worker.methods.deltallm.student import LORA_SCALE
 from compression_worker.quantization.rest import TRANSFORMERS
 from compression_worker.tensors import Spec, TensorFile, checkpoint_files, raw_bytes, whole, write_file
 
@@ -28,7 +29,7 @@ class Deltas:
     """The file of all factors; ``lines`` of the table, and ``errors``: ``|W - (W_a + B A)| / |W|``, of each weight."""
 
     def __init__(
-        self, context: StepContext, config: DeltaLLMConfig, pairs: Sequence[Pair], factors: Mapping[str, Factors]
+        self, context: StepContext, config: DeltaLLMConfig, pairs: Sequence[Pair], factors: Mapping[str, Pieces]
     ) -> None:
         self.lines: dict[str, Json] = {}
         self.errors: dict[str, float] = {}
@@ -37,17 +38,19 @@ class Deltas:
         flat: dict[str, torch.Tensor] = {}
         with Sources.of(context) as sources:
             for done, (follower, anchor) in enumerate(pairs, start=1):
-                a, b = (one.to("cpu", dtype).contiguous() for one in factors[follower.name])
-                first, second = keys(follower.name)
-                flat |= {first: a, second: b}
-                self.lines[follower.name] = self._line(follower, anchor, a, b)
-                self.errors[follower.name] = _distance(
-                    torch.addmm(sources.anchor(anchor), b.float(), a.float()), sources.own(follower)
-                )
+                pieces = factors[follower.name]
+                if config.share_form != SIGN:
+                    pieces = (pieces[0].to("cpu", dtype).contiguous(), pieces[1].to("cpu", dtype).contiguous())
+                flat |= dict(zip(keys(follower.name, config.share_form), pieces, strict=True))
+                self.lines[follower.name] = self._line(follower, anchor, pieces)
+                made = sources.anchor(anchor) + dense(pieces, follower.linear.inputs)
+                self.errors[follower.name] = _distance(made, sources.own(follower))
                 context.progress(done, len(pairs), "matrices")
         self.digest = write_pieces(context, {name: whole(one) for name, one in sorted(flat.items())})
 
-    def _line(self, follower: SharedMatrix, anchor: SharedMatrix, a: torch.Tensor, b: torch.Tensor) -> Json:
+    def _line(self, follower: SharedMatrix, anchor: SharedMatrix, pieces: Pieces) -> Json:
+        a, b = pieces
+        form = self._config.share_form
         if not bool(a.isfinite().all() and b.isfinite().all()):
             raise CompressionError(
                 "not_finite",
@@ -59,10 +62,11 @@ class Deltas:
             "dtype": self._theirs[follower.name]["dtype"],
             "shape": list(follower.linear.shape),
             "anchor": anchor.name,
-            "rank": len(a),
-            "delta_dtype": self._config.delta_dtype,
+            "form": form,
             "sha256": sha256(bytes(raw_bytes(a)) + bytes(raw_bytes(b))),
         }
+        if form != SIGN:
+            line |= {"rank": len(a), "delta_dtype": self._config.delta_dtype}
         return line | {"transposed": True} if follower.linear.transposed else line
 
 
@@ -74,7 +78,7 @@ def raw_parts(context: StepContext, parts: Mapping[str, str], shared: Collection
 
 
 def raw_file(
-    context: StepContext, names: Collection[str], tuned: Mapping[str, Factors] | None = None
+    context: StepContext, names: Collection[str], tuned: Mapping[str, Pieces] | None = None
 ) -> tuple[str, dict[str, tuple[str, float]]]:
     """The tensors ``names`` of the checkpoint, byte for byte; the file's digest.
 

@@ -12,6 +12,7 @@ from compression_worker.architecture import blocks_of
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint, load_model
 from compression_worker.making.beneath import implementation
+from compression_worker.methods.deltallm.differences import Pieces
 from compression_worker.methods.deltallm.matrices import Shareable, SharedMatrix
 from compression_worker.methods.deltallm.shared import Follower, SharedLinear, Switch
 from compression_worker.quantization import lora
@@ -20,8 +21,6 @@ from compression_worker.quantization.teacher import TopLogits, computing_dtype
 
 LORA_SCALE = 2
 """What an adapter's product is multiplied with (our reading)."""
-Factors = tuple[torch.Tensor, torch.Tensor]
-"""``A (r, K)`` and ``B (N, r)``."""
 
 
 @dataclass
@@ -53,13 +52,12 @@ class Student:
         found = self.model.get_submodule(matrix.path)
         return found.original if isinstance(found, Follower) else found
 
-    def put(self, block: int, anchor: int, factors: Mapping[str, Factors]) -> None:
+    def put(self, block: int, anchor: int, factors: Mapping[str, Pieces]) -> None:
         """Have ``block`` follow ``anchor``, with the factors of each of its weights by name; its way is the new one."""
         for follower, theirs in self.shareable.pairs({block: anchor}):
             switch = self.switches.setdefault((block, follower.kind), Switch())
             original = self.linear(follower)
-            a, b = (one.to(self.device, torch.float32) for one in factors[follower.name])
-            shared = SharedLinear(self.linear(theirs), a, b, original.bias)
+            shared = SharedLinear(self.linear(theirs), _trainable(factors[follower.name], self.device), original.bias)
             self.followers[follower.name] = Follower(original, shared, switch)
             parent, _, child = follower.path.rpartition(".")
             setattr(self.model.get_submodule(parent), child, self.followers[follower.name])
@@ -82,10 +80,11 @@ class Student:
     @property
     def factors(self) -> dict[str, torch.nn.Parameter]:
         """All that learns by name: factors, A before B of each matrix, and those of adapters."""
-        found = {}
-        for name, follower in self.followers.items():
-            first, second = keys(name)
-            found[first], found[second] = follower.shared.A, follower.shared.B
+        found = {
+            f"{name}#{end}": piece
+            for name, follower in self.followers.items()
+            for end, piece in follower.shared.difference.pieces().items()
+        }
         return found | (lora.factors(self.model, self.adapted.values()) if self.adapted else {})
 
     def adapt(self, linears: Mapping[str, tuple[str, tuple[int, int]]], rank: int, seed: int) -> None:
@@ -124,6 +123,7 @@ class Student:
         return divergence(self.model(windows, use_cache=False).logits, teacher, windows, **weights)
 
 
-def keys(name: str) -> tuple[str, str]:
-    """The names of ``A`` and ``B`` of the weight ``name``. No weight of a checkpoint has such a name."""
-    return f"{name}#A", f"{name}#B"
+def _trainable(pieces: Pieces, device: str) -> Pieces:
+    """On the device, everything but packed signs in fp32."""
+    first, second = (one.to(device) if one.dtype == torch.int32 else one.to(device, torch.float32) for one in pieces)
+    return first, second

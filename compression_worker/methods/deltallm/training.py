@@ -23,7 +23,7 @@ from compression_worker.making.blobs import read_blob, write_pieces
 from compression_worker.making.inputs import architecture_of, opened
 from compression_worker.making.table import six_digits
 from compression_worker.methods.deltallm.choosing import pair_file, read_factors
-from compression_worker.methods.deltallm.config import DeltaLLMConfig
+from compression_worker.methods.deltallm.config import SIGN, DeltaLLMConfig
 from compression_worker.methods.deltallm.matrices import shareable, unshared
 from compression_worker.methods.deltallm.replacement import drawn, probability
 from compression_worker.methods.deltallm.sources import base_input
@@ -170,6 +170,8 @@ def _taken_up(student: Student, state: Mapping[str, torch.Tensor]) -> torch.opti
 
 def round_factors(student: Student, config: DeltaLLMConfig) -> None:
     """The factors as they will be stored, so that what is measured last is what is shipped."""
+    if config.share_form == SIGN:
+        return
     dtype = getattr(torch, config.delta_dtype)
     with torch.no_grad():
         for parameter in student.factors.values():

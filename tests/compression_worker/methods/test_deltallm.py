@@ -25,6 +25,7 @@ from compression_worker.contracts import CompressionError, Json, StepContext, St
 from compression_worker.making.inputs import architecture_of
 from compression_worker.methods.deltallm.compress import load_model, load_packed
 from compression_worker.methods.deltallm.config import DeltaLLMConfig
+from compression_worker.methods.deltallm.differences import dense, difference, signs_of
 from compression_worker.methods.deltallm.estimate import estimate, planned
 from compression_worker.methods.deltallm.groups import (
     Depth,
@@ -35,11 +36,11 @@ from compression_worker.methods.deltallm.groups import (
     rounds,
     saving,
 )
-from compression_worker.methods.deltallm.layout import DELTAS_FILE
+from compression_worker.methods.deltallm.layout import DELTAS_FILE, keys
 from compression_worker.methods.deltallm.matrices import SharedMatrix, shareable
 from compression_worker.methods.deltallm.replacement import drawn, probability
 from compression_worker.methods.deltallm.shared import Follower, SharedLinear, without_bias
-from compression_worker.methods.deltallm.student import Student, keys
+from compression_worker.methods.deltallm.student import Student
 from compression_worker.methods.deltallm.training import loss_of, replace_modules, round_factors
 from compression_worker.preflight import Inputs, Model
 from compression_worker.quantization.bases import BASES
@@ -340,7 +341,7 @@ def test_what_is_stored_is_the_checkpoint_less_what_is_shared(made: Made) -> Non
     assert raw.keys() == source.keys() - shared
     assert all(torch.equal(tensor, source[name]) for name, tensor in raw.items()), "anchors too, to the bit"
     deltas = load_file(made.artifact.paths[DELTAS_FILE])
-    assert deltas.keys() == {key for name in shared for key in keys(name)}
+    assert deltas.keys() == {key for name in shared for key in keys(name, "low_rank")}
     count = sum(tensor.numel() for tensor in (*raw.values(), *deltas.values()))
     before = sum(tensor.numel() for tensor in source.values())
     assert made.sharing["parameters"] == {
@@ -467,6 +468,9 @@ def test_a_text_is_asked_for(job: Job) -> None:
         ({"p0": 1.5}, "p0 is 1.5; it must be from 0 to 1"),
         ({"final_share": -0.1}, "final_share is -0.1"),
         ({"slope": 0}, "slope is 0"),
+        ({"share_form": "sparse"}, "share_form is 'sparse'"),
+        ({"share_form": "sign"}, "set followers or groups"),
+        ({"share_form": "sign", "followers": 1, "start": "zero"}, "have one start"),
         ({"base_method": "int21"}, "base_method is 'int21'; it may be one of none, gptq, quip_sharp"),
         ({"base_method": "gptq", "num_bits": 5}, "num_bits is 5"),
         ({"base_method": "quip_sharp", "group_size": 64}, "QuIP# has no such setting"),
@@ -500,6 +504,7 @@ def test_a_target_is_met(job: Job) -> None:
         {"followers": 2, "start": "svd_covariance"},
         {**LEARNING, "epochs": 2},
         {**LEARNING, "base_method": "gptq"},
+        {**LEARNING, "share_form": "sign"},
     ],
 )
 def test_the_estimate_foretells_steps_and_bytes(job: Job, settings: Json) -> None:
@@ -530,7 +535,6 @@ def test_a_follower_shows_what_it_is_made_of(job: Job) -> None:
     follower = student.followers["model.layers.3.mlp.up_proj.weight"]
     assert isinstance(follower, Follower)
     assert "rank=4" in repr(follower)
-    assert follower.shared.rank == 4
 
 
 def test_probabilities_rise_in_a_line_and_end_in_a_phase_of_certainty() -> None:
@@ -579,7 +583,9 @@ def test_gradients_reach_the_factors_of_modules_that_go_the_new_way_alone(job: J
     student.judged(TOKENS, None).loss.backward()
     reached = {name for name, parameter in student.model.named_parameters() if parameter.grad is not None}
     assert reached == {
-        f"model.layers.3.mlp.{side}_proj.shared.{factor}" for side in ("gate", "up", "down") for factor in "AB"
+        f"model.layers.3.mlp.{side}_proj.shared.difference.{factor}"
+        for side in ("gate", "up", "down")
+        for factor in "AB"
     }
     student.share([])
     assert not student.judged(TOKENS, None).loss.requires_grad
@@ -847,3 +853,42 @@ def test_hidden_states_come_near_to_those_of_the_old_way(job: Job) -> None:
         _, new = student.hidden(TOKENS)
     assert more[1] == pytest.approx(10 * float((new[3] - old[3]).square().mean()) / 2, rel=1e-3)
     assert job.run(**LEARNING, hidden_weight=1.0).training["losses"] != job.run(**LEARNING).training["losses"]
+
+
+def test_a_difference_of_signs_is_the_best_multiple_of_them() -> None:
+    generator = torch.Generator().manual_seed(1)
+    delta = torch.randn((6, 40), generator=generator)
+    pieces = signs_of(delta)
+    made = dense(pieces, 40)
+    assert set(made.abs().flatten().tolist()) == {float(pieces[1])}
+    assert torch.equal(made.sign(), torch.where(delta >= 0, 1.0, -1.0))
+    for factor in (0.9, 1.1):
+        assert (delta - factor * made).square().sum() > (delta - made).square().sum()
+    x = torch.randn((2, 3, 40), generator=generator)
+    torch.testing.assert_close(difference(pieces)(x), x @ made.T)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_differences_may_be_signs_whose_scales_learn(family: str, tmp_path: Path) -> None:
+    job = Job(tmp_path, make_family_pair(tmp_path, family)[0])
+    settings = {**LEARNING, "groups": "0:1", "share_form": "sign", "learning_rate": 3e-3}
+    made = job.run(**settings)
+    table = made.artifact.manifest["tensors"]
+    shared = {name: entry for name, entry in table.items() if entry["kind"] == "shared"}
+    stored = load_file(made.artifact.paths[DELTAS_FILE])
+    assert stored.keys() == {key for name in shared for key in keys(name, "sign")}
+    parts = {part["name"]: part["bytes"] for part in made.artifact.parts}
+    assert parts["deltas"] == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    begun = job.run(**settings | {"tokens": 0})
+    first = load_file(begun.artifact.paths[DELTAS_FILE])
+    for name in shared:
+        signs, scale = keys(name, "sign")
+        assert torch.equal(stored[signs], first[signs])
+        assert not torch.equal(stored[scale], first[scale])
+    assert made.training["kl_after"] < made.training["kl_before"]
+    assert shipped(job, made, settings) == pytest.approx(made.training["kl_after"], rel=1e-4)
+    model, whole = (load_model(None, made.artifact, "cpu", torch.float32, dense=one) for one in (False, True))
+    torch.testing.assert_close(logits(model), logits(whole), rtol=1e-4, atol=1e-4)
+    assert made.sharing["operations"]["after"] > made.sharing["operations"]["before"]
+    again = job.run(**settings, chunk_tokens=64)
+    assert again.output.blobs[DELTAS_FILE] == made.output.blobs[DELTAS_FILE]
