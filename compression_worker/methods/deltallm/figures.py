@@ -31,6 +31,7 @@ def made(
         "sharing": {
             "groups": _groups(chosen["groups"]),
             "form": config.share_form,
+            "blocks": len(architecture_of(opened(context, "variant")).blocks),
             "rank": context.spec.params["rank"],
             "rounds": chosen["rounds"],
             "kl_before_training": chosen["curve"][-1]["kl"],
