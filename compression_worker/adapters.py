@@ -181,3 +181,8 @@ def _switch(config: Json, name: str) -> bool:
 
 def _unknown(name: str, what: str) -> CompressionError:
     return CompressionError("unknown_adapter", f"tensor {name!r} in '{WEIGHTS_FILE}' {what}")
+
+
+def lora_names(path: str) -> tuple[str, str]:
+    """The names that PEFT gives ``A`` and ``B`` of the linear at ``path`` in the model."""
+    return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = "deltaworks-artifact-1"
 MANIFEST = "manifest.json"
-KINDS = frozenset({"sign", "sparse", "rows", "raw", "base", "grid", "lattice"})
+KINDS = frozenset({"sign", "sparse", "rows", "raw", "base", "grid", "lattice", "shared"})
 SHARD_BYTES = 5_000_000_000
 KEYS = frozenset(
     {

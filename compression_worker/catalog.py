@@ -133,6 +133,24 @@ METHODS: dict[str, Method] = {
         ),
         needs_base=False,
     ),
+    "deltallm": Method(
+        label="DeltaLLM",
+        summary="Some layers use the weights of an earlier one, and keep a low-rank difference each.",
+        paper="arXiv:2501.18596",
+        config="compression_worker.methods.deltallm.config:DeltaLLMConfig",
+        implementation="compression_worker.methods.deltallm.compress",
+        forecast="compression_worker.methods.deltallm.estimate",
+        when=(
+            "Where a model has to lose parameters and not bits, and to find out which layers a model could do without. "
+            "For the smallest file quantize instead: 4 bits save far more and lose less."
+        ),
+        costs=(
+            "It saves parameters, bytes and memory, and neither arithmetic nor time: every layer still multiplies with "
+            "a whole weight, and with its difference as well. Choosing runs the model for each candidate, and training "
+            "holds the whole model."
+        ),
+        needs_base=False,
+    ),
 }
 
 STEPS: dict[str, str] = {
@@ -157,6 +175,10 @@ STEPS: dict[str, str] = {
     "int21.start": "compression_worker.methods.int21.start:start_step",
     "int21.train": "compression_worker.methods.int21.training:train_step",
     "int21.assemble": "compression_worker.methods.int21.compress:assemble_step",
+    "deltallm.plan": "compression_worker.methods.deltallm.compress:plan_step",
+    "deltallm.choose": "compression_worker.methods.deltallm.choosing:choose_step",
+    "deltallm.train": "compression_worker.methods.deltallm.training:train_step",
+    "deltallm.assemble": "compression_worker.methods.deltallm.compress:assemble_step",
     "teacher.text": "compression_worker.quantization.teacher:text_step",
     "teacher.logits": "compression_worker.quantization.teacher:logits_step",
     "quantization.rest": "compression_worker.quantization.rest:rest_step",
@@ -210,6 +232,9 @@ NEEDS: dict[str, Need] = {
     "int21.start": Need(device=True, work="compression_worker.methods.int21.estimate:start_work"),
     "int21.train": Need(device=True, work="compression_worker.methods.int21.estimate:train_work"),
     "int21.assemble": Need(work="compression_worker.methods.int21.estimate:assemble_work"),
+    "deltallm.choose": Need(device=True, work="compression_worker.methods.deltallm.estimate:choose_work"),
+    "deltallm.train": Need(device=True, work="compression_worker.methods.deltallm.estimate:train_work"),
+    "deltallm.assemble": Need(work="compression_worker.methods.deltallm.estimate:assemble_work"),
     "teacher.text": Need(work="compression_worker.quantization.estimate:text_work"),
     "teacher.logits": Need(device=True, work="compression_worker.quantization.estimate:logits_work"),
     "quantization.rest": Need(work="compression_worker.quantization.estimate:rest_work"),

@@ -17,6 +17,8 @@ PARTS = (
     "codes",
     "scales",
     "adapter",
+    "deltas",
+    "linears",
     "embeddings",
     "head",
     "norms",

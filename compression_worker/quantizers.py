@@ -16,7 +16,10 @@ from types import ModuleType
 
 TABLE = "transformers.quantizers.auto"
 """The module of transformers that knows quantizers by name."""
-FORMATS = ("compression_worker.methods.quip_sharp.pretrained",)
+FORMATS = (
+    "compression_worker.methods.deltallm.pretrained",
+    "compression_worker.methods.quip_sharp.pretrained",
+)
 """Modules that enter a format into the table when they are imported."""
 
 

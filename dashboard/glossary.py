@@ -152,6 +152,10 @@ PARTS: Mapping[str, Term] = {
     "residual": Term(_("residual"), _("Small matrices that put right what the codes lost.")),
     "scales": Term(_("scales"), _("The numbers that codes are multiplied with.")),
     "adapter": Term(_("adapter"), _("Low-rank matrices beside packed ones, which learned what those lost.")),
+    "deltas": Term(
+        _("differences"), _("Low-rank matrices, or signs, of layers that use the weights of an earlier one.")
+    ),
+    "linears": Term(_("whole matrices"), _("Matrices of blocks that are stored as they were.")),
     "embeddings": Term(_("embeddings"), _("One row for each token of the vocabulary.")),
     "head": Term(_("head"), _("What turns the last layer's output into tokens.")),
     "norms": Term(_("norms"), _("The normalisation of each layer, kept exactly.")),

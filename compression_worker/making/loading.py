@@ -19,16 +19,24 @@ PackedModule = Callable[[str, Any], torch.nn.Module | None]
 
 
 def dense_model(
-    made: ArtifactTensors, dtype: torch.dtype | None, leave: Callable[[str], bool] = lambda name: False
+    made: ArtifactTensors,
+    dtype: torch.dtype | None,
+    leave: Callable[[str], bool] = lambda name: False,
+    *,
+    shared: bool = False,
 ) -> Any:
     """The model's architecture with dense weights; those that ``leave`` names hold a placeholder.
 
-    ``dtype`` None keeps the variant's own.
+    So do those that use another's weight, unless ``shared`` has them made too. ``dtype`` None keeps the variant's own.
     """
+
+    def stays_away(name: str) -> bool:
+        return leave(name) or (made.table[name]["kind"] == "shared" and not shared)
+
     weights = {}
     for name, entry in made.table.items():
         own = dtype or DTYPES[entry["dtype"]]
-        weights[name] = made.placeholder(name).to(own) if leave(name) else made.tensor(name, own)
+        weights[name] = made.placeholder(name).to(own) if stays_away(name) else made.tensor(name, own)
     return _filled(made.artifact, weights, dtype)
 
 

@@ -11,6 +11,7 @@ from dashboard.pictures.lineage import Node, lineage_picture
 from dashboard.pictures.matrices import Matrix
 from dashboard.pictures.memory import memory_picture
 from dashboard.pictures.pareto import Point, Quality, pareto_picture
+from dashboard.pictures.sharing import sharing_picture
 from dashboard.pictures.svg import Picture
 from dashboard.pictures.timeline import Bar, Column, timeline_picture
 
@@ -35,5 +36,6 @@ __all__ = [
     "lineage_picture",
     "memory_picture",
     "pareto_picture",
+    "sharing_picture",
     "timeline_picture",
 ]

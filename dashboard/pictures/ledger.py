@@ -15,8 +15,8 @@ WIDTH, LEFT, BAR = 720, 118, 22
 ROOM = WIDTH - LEFT - 8
 ENLARGED, NAMES, LEGEND = 78, 115, 152
 TONES: dict[str, int] = {
-    "codes": 0, "masks": 1, "embeddings": 2, "head": 3, "scales": 4, "residual": 5, "adapter": 5, "norms": 6,
-    "headers": 6,
+    "codes": 0, "masks": 1, "embeddings": 2, "head": 3, "scales": 4, "residual": 5, "adapter": 5, "deltas": 5,
+    "linears": 0, "norms": 6, "headers": 6,
 }  # fmt: skip
 """The same part has the same colour on every page; parts that are not named here share the last one."""
 OTHER_TONE = 7

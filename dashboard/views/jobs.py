@@ -25,6 +25,7 @@ from dashboard.pictures import (
     heldout_picture,
     ledger_picture,
     memory_picture,
+    sharing_picture,
     timeline_picture,
 )
 from dashboard.selectors import jobs, outcomes, promises, registry, sizes, studies, waiting
@@ -137,6 +138,7 @@ def job_detail(request: HttpRequest, pk: int) -> HttpResponse:
             "curve": curve_picture(jobs.losses_so_far(steps)),
             "training": curve_picture(registry.training_losses(made.figures), is_distillation=False) if made else None,
             "heldout": heldout_picture(registry.heldout_curve(made.figures)) if made else None,
+            "sharing": sharing_picture(made.figures.get("sharing") or {}) if made else None,
             "memory": memory_picture(made.figures.get("training") or {}) if made else None,
             "study": studies.study_of(job),
             "log": jobs.log_tail(job),

@@ -26,6 +26,7 @@ from dashboard.pictures import (
     lineage_picture,
     memory_picture,
     pareto_picture,
+    sharing_picture,
 )
 from dashboard.selectors import (
     approvals,
@@ -129,6 +130,7 @@ def _artifact_page(request: SignedInRequest, artifact: Artifact, form: RetireFor
         "curve": curve_picture(registry.distillation_losses(artifact.figures)),
         "training": curve_picture(registry.training_losses(artifact.figures), is_distillation=False),
         "heldout": heldout_picture(registry.heldout_curve(artifact.figures)),
+        "sharing": sharing_picture(artifact.figures.get("sharing") or {}),
         "memory": memory_picture(artifact.figures.get("training") or {}),
         "evaluations": rows,
         "settings": outcomes.artifact_settings(artifact),

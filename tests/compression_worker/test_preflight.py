@@ -147,6 +147,8 @@ def test_every_declared_need_is_of_a_kind_of_step_and_its_work_can_be_loaded() -
         "calibration.hessians",
         "calibration.tokens",
         "deltadq.search",
+        "deltallm.choose",
+        "deltallm.train",
         "evaluation.target",
         "gptq.layers",
         "int21.start",

@@ -18,6 +18,7 @@ from compression_worker.architecture import build
 from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError, Json, PlannedStep, StepContext, StepOutput
 from compression_worker.making.assembly import Parcel, assemble
+from compression_worker.making.beneath import packed_base, planned, weigh_of
 from compression_worker.making.inputs import opened
 from compression_worker.making.table import six_digits
 from compression_worker.methods.int21 import figures, layout
@@ -49,7 +50,12 @@ def plan_step(context: StepContext) -> StepOutput:
             f"{len(stacked):,} matrices of experts are quantized without an adapter: only single linears carry one",
             "warning",
         )
-    plan = _Plan(context, config, list(base_method.planned(context, config).steps), len(architecture.blocks))
+    plan = _Plan(
+        context,
+        config,
+        list(planned(context, config.base_method, config.base_config()).steps),
+        len(architecture.blocks),
+    )
     plan.add_text_and_teacher()
     if config.start == "closed_form":
         plan.add_start()
@@ -206,7 +212,7 @@ class _Plan:
 def assemble_step(context: StepContext) -> StepOutput:
     """Every file of the base as it is, the adapter beside it, and the manifest."""
     config = Int21Config(**context.spec.params["config"])
-    base = base_method.packed_base(context)
+    base = packed_base(context)
     said = base_method.layout_of(base, config)
     table = base.manifest["tensors"]
     places = base_method.adapted(base)
@@ -218,7 +224,7 @@ def assemble_step(context: StepContext) -> StepOutput:
     files = {name: entry["sha256"] for name, entry in base.manifest["files"].items()}
     side = {name: files[name] for name in base.manifest["side_files"]}
     adapter = _adapter_files(context, config, base, said["packed_base"])
-    weigh = layout.weighing(base_method.weigh_of(config.base_method), layout.ITEM_BYTES[config.adapter_dtype])
+    weigh = layout.weighing(weigh_of(config.base_method), layout.ITEM_BYTES[config.adapter_dtype])
     made = figures.made(context, config, base, lines, weigh)
     parcel = Parcel(
         method=METHOD,

@@ -6,15 +6,13 @@ that satisfies the sizes it states.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from compression_worker.bounds import one_of, positive, whole_number
-from compression_worker.catalog import METHODS
-from compression_worker.contracts import CompressionError, Json
+from compression_worker.contracts import CompressionError
+from compression_worker.quantization.bases import BASES, base_config
 
-BASES = tuple(name for name in ("gptq", "quip_sharp") if name in METHODS)
-"""Methods that make a packed base, by their names in the catalog."""
 STARTS = ("zero", "closed_form")
 OBJECTIVES = ("lrec", "emef", "both")
 SOURCES = ("text", "generations")
@@ -217,14 +215,7 @@ class Int21Config:
 
     def base_config(self) -> Any:
         """The settings of the base's own method; refuses what that method refuses, or does not have."""
-        made = METHODS[self.base_method].config_class()
-        known = {one.name for one in fields(made)}
-        given: Json = {name: value for name in FOR_BASE if (value := getattr(self, name)) is not None}
-        if unknown := sorted(given.keys() - known):
-            raise CompressionError(
-                "bad_setting", f"{unknown[0]} is set, and {METHODS[self.base_method].label} has no such setting"
-            )
-        return made(**given)
+        return base_config(self.base_method, {name: getattr(self, name) for name in FOR_BASE})
 
     @property
     def lora_alpha(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from compression_worker.catalog import METHODS
 from compression_worker.contracts import Json
 from compression_worker.methods.int21.config import Int21Config
-from compression_worker.methods.int21.memory import Pass, Peaks, adapter_parameters, at_once, peaks
+from compression_worker.methods.int21.memory import Pass, Peaks, adapter_parameters, peaks
 from compression_worker.preflight import (
     FLOAT,
     PROCESS_BYTES,
@@ -23,6 +23,7 @@ from compression_worker.preflight import (
     chunks_of,
     halvings,
 )
+from compression_worker.quantization.passes import at_once
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 LINE, FIGURES, POINT, ADAPTER_HEADER, FIXED = 12, 40, 130, 130, 2_600

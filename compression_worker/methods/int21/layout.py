@@ -11,15 +11,9 @@ from collections.abc import Mapping
 from compression_worker.contracts import Json
 from compression_worker.making.table import Weigh, sides_of
 
-PREFIX = "base_model.model."
 PACKED_BASE = "packed_base"
 """The key in the metadata of the adapter's file under which the digest of its base stands."""
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-
-
-def keys(path: str) -> tuple[str, str]:
-    """The names of ``A`` and ``B`` of the linear at ``path`` in the model."""
-    return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
 
 
 def adapter_parameters(entry: Json, rank: int) -> int:

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 
 from compression_worker.preflight import FLOAT, Shapes
 
-PASS_TOKENS, PASS_LOGITS = 2048, 1 << 25
-"""What goes through the model at a time, at most: tokens, and numbers in their logits."""
 STATES = 4
 """A parameter that is trained: itself, its gradient, and AdamW's two moments."""
 LOSS_ROWS = 128
@@ -44,11 +42,6 @@ class Peaks:
     lora_fp16: int
     lora_fp32: int
     full_finetune: int
-
-
-def at_once(batch: int, length: int, vocabulary: int) -> int:
-    """Windows that go through the model together: more are no faster, and their logits would fill the memory."""
-    return max(1, min(batch, PASS_TOKENS // length, PASS_LOGITS // (length * max(vocabulary, 1))))
 
 
 def adapter_parameters(shapes: Shapes, rank: int) -> int:

@@ -9,13 +9,14 @@ from typing import Any, Self
 import torch
 from safetensors import safe_open
 
-from compression_worker.adapters import WEIGHTS_FILE
+from compression_worker.adapters import WEIGHTS_FILE, lora_names
 from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError
+from compression_worker.making.beneath import implementation
 from compression_worker.making.loading import dense_model
 from compression_worker.making.reading import ArtifactTensors
 from compression_worker.methods.int21 import packed_base as base_method
-from compression_worker.methods.int21.layout import PACKED_BASE, keys
+from compression_worker.methods.int21.layout import PACKED_BASE
 from compression_worker.tensors import TensorFile, TensorFiles
 
 
@@ -45,7 +46,7 @@ class Adapter:
 
     def factors(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
         """``A (r, K)`` and ``B (N, r)`` in fp32 of the linear at ``path`` of the model in memory."""
-        first, second = (self._file.tensor(name).to(torch.float32) for name in keys(path))
+        first, second = (self._file.tensor(name).to(torch.float32) for name in lora_names(path))
         return first, second
 
     def all(self) -> dict[str, torch.Tensor]:
@@ -59,9 +60,7 @@ class CorrectedTensors(ArtifactTensors):
     def __init__(self, artifact: Artifact) -> None:
         beneath = base_method.beneath(artifact)
         super().__init__(artifact, artifact.manifest["layout"], TensorFiles({}))
-        self._base: ArtifactTensors = self._stack.enter_context(
-            base_method.implementation(beneath).open_merged(None, beneath)
-        )
+        self._base: ArtifactTensors = self._stack.enter_context(implementation(beneath).open_merged(None, beneath))
         self._adapter = self._stack.enter_context(Adapter(artifact))
         self._adapted = base_method.adapted(artifact)
 
@@ -100,14 +99,14 @@ def load_model(
 
 def load_packed(artifact: Artifact, device: str = "cpu", dtype: torch.dtype | None = None) -> torch.nn.Module:
     """The packed base with the adapters on it, as PEFT's layers."""
-    from compression_worker.methods.int21 import adapter
+    from compression_worker.quantization import lora
 
     beneath = base_method.beneath(artifact)
-    model: Any = base_method.implementation(beneath).load_packed(beneath, device, dtype)
+    model: Any = implementation(beneath).load_packed(beneath, device, dtype)
     sides = base_method.sides(artifact)
     layout = artifact.manifest["layout"]
     with Adapter(artifact) as stored:
-        adapter.attach(model, sides, rank=layout["rank"], alpha=layout["alpha"])
-        adapter.put(model, sides, stored.all())
+        lora.attach(model, sides, rank=layout["rank"], alpha=layout["alpha"])
+        lora.put(model, sides, stored.all())
     loaded: torch.nn.Module = model.eval().requires_grad_(False)
     return loaded

@@ -1,4 +1,4 @@
-"""The method beneath: INT2.1 plans, reads and loads its base through the catalog and knows no method by itself.
+"""What is beneath the adapters: which linears carry one, and the digest of all that was packed.
 
 An artifact of INT2.1 holds every file of the base's artifact and the adapter. Its manifest's ``layout`` says which
 method made the base, with which settings, and the digest of all that was packed: an adapter says the same digest and
@@ -8,43 +8,14 @@ fits no other base.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from importlib import import_module
-from typing import Any
 
-from compression_worker import catalog
-from compression_worker.architecture import Architecture, describe
 from compression_worker.artifact import Artifact
-from compression_worker.contracts import (
-    CompressionError,
-    Json,
-    StepContext,
-    StepOutput,
-    StepSpec,
-    canonical_json,
-    sha256,
-)
-from compression_worker.making.table import Weigh, sides_of
+from compression_worker.contracts import CompressionError, Json, canonical_json, sha256
+from compression_worker.making.beneath import architecture_of_artifact, as_base, base_of
+from compression_worker.making.table import sides_of
 from compression_worker.methods.int21.config import Int21Config
 
 NAME, VERSION = "int21", 1
-
-
-def planned(context: StepContext, config: Int21Config) -> StepOutput:
-    """The plan of the base's method for the same model, text and seed; its last step makes the base's artifact."""
-    kind = f"{config.base_method}.plan"
-    spec = StepSpec(
-        kind=kind,
-        params={"config": asdict(config.base_config())},
-        inputs=context.spec.inputs,
-        seed=context.spec.seed,
-    )
-    return catalog.step_function(kind)(replace(context, spec=spec))
-
-
-def packed_base(context: StepContext) -> Artifact:
-    """The artifact that the step given as input ``packed`` made."""
-    return Artifact.open_store(context.store, context.input("packed").data["artifact"])
 
 
 def layout_of(base: Artifact, config: Int21Config) -> Json:
@@ -52,7 +23,7 @@ def layout_of(base: Artifact, config: Int21Config) -> Json:
     return {
         "name": NAME,
         "version": VERSION,
-        "base": {name: base.manifest[name] for name in ("method", "config", "layout")},
+        "base": base_of(base),
         "packed_base": packed_digest(base.manifest["tensors"]),
         "rank": config.rank,
         "alpha": config.lora_alpha,
@@ -76,23 +47,12 @@ def beneath(artifact: Artifact) -> Artifact:
         raise CompressionError(
             "base_mismatch", "the adapter was trained on another packed base: use the artifact that both came in"
         )
-    return replace(artifact, manifest={**artifact.manifest, **layout["base"], "tensors": tensors})
-
-
-def implementation(base: Artifact) -> Any:
-    """The module that reads ``base``: it has ``open_merged``, ``load_model`` and ``load_packed``."""
-    return import_module(catalog.method(base.manifest["method"]).implementation)
-
-
-def weigh_of(method: str) -> Weigh:
-    """How a line of ``method`` weighs."""
-    found: Weigh = catalog.load(f"compression_worker.methods.{method}.layout:weigh")
-    return found
+    return as_base(artifact, tensors)
 
 
 def adapted(artifact: Artifact) -> dict[str, str]:
     """Name -> path in the model of the coded linears that carry an adapter: those that are modules of their own."""
-    architecture = architecture_of(artifact)
+    architecture = architecture_of_artifact(artifact)
     stacked = architecture.stacked()
     table = artifact.manifest["tensors"]
     names = [linear.name for linear in architecture.linears() if linear.name not in stacked]
@@ -104,11 +64,6 @@ def sides(artifact: Artifact) -> dict[str, tuple[int, int]]:
     """Path in the model -> ``(N, K)`` of the linears that carry an adapter."""
     table = artifact.manifest["tensors"]
     return {path: sides_of(table[name]) for name, path in adapted(artifact).items()}
-
-
-def architecture_of(artifact: Artifact) -> Architecture:
-    """What the artifact's config.json promises, under the names of its table."""
-    return describe(artifact.config).renamed_for(artifact.manifest["tensors"])
 
 
 def _beneath(entry: Json) -> Json:

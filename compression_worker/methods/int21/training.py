@@ -11,27 +11,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from compression_worker.architecture import blocks_of, build
 from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
-from compression_worker.distillation import scheduled
 from compression_worker.making.allocation import given_back
+from compression_worker.making.beneath import implementation, packed_base
 from compression_worker.making.table import six_digits
-from compression_worker.methods.int21 import adapter
 from compression_worker.methods.int21 import packed_base as base_method
 from compression_worker.methods.int21.config import Int21Config
-from compression_worker.methods.int21.memory import at_once
+from compression_worker.quantization import lora
 from compression_worker.quantization.divergence import Divergence, divergence
+from compression_worker.quantization.learning import LARGEST_GRADIENT, HeldOut, checkpoint_blocks, parts_of, rate_at
+from compression_worker.quantization.passes import at_once
 from compression_worker.quantization.teacher import (
-    HELD_OUT,
     TRAINED,
     TopLogits,
     computing_dtype,
@@ -43,9 +40,6 @@ from compression_worker.tensors import Spec, TensorFile, raw_bytes, write_file
 STATE_FILE, ADAPTER_FILE = "state.safetensors", "adapter.safetensors"
 LREC, EMEF = "lrec", "emef"
 FIRST, SECOND = "#first", "#second"
-RISE = 0.05
-"""Share of the steps in which the learning rate rises."""
-LARGEST_GRADIENT = 1.0
 
 
 @dataclass
@@ -59,16 +53,16 @@ class Student:
     @classmethod
     def on(cls, base: Artifact, config: Int21Config, device: str) -> Student:
         """``base`` packed on ``device``, its adapters still as PEFT begins them."""
-        model = base_method.implementation(base).load_packed(base, device, computing_dtype(device))
+        model = implementation(base).load_packed(base, device, computing_dtype(device))
         sides = base_method.sides(base)
-        adapter.attach(model, sides, rank=config.rank, alpha=config.lora_alpha)
+        lora.attach(model, sides, rank=config.rank, alpha=config.lora_alpha)
         if config.checkpointing:
-            checkpoint_blocks(model, base)
+            checkpoint_blocks(model, base.config)
         return cls(model, list(sides), device)
 
     @property
     def factors(self) -> dict[str, torch.nn.Parameter]:
-        return adapter.factors(self.model, self.paths)
+        return lora.factors(self.model, self.paths)
 
     def judged(self, windows: torch.Tensor, teacher: TopLogits | None, **weights: float) -> Divergence:
         """The loss of ``windows (B, T)``; ``teacher`` is what it answered there."""
@@ -76,26 +70,18 @@ class Student:
         return divergence(self.model(windows, use_cache=False).logits, teacher, windows, **weights)
 
 
-def checkpoint_blocks(model: Any, base: Artifact) -> None:
-    """Have each transformer block keep its input alone, and run once more in the backward pass."""
-    modules = dict(model.named_modules())
-    for path, _ in blocks_of(build(base.config)):
-        block = modules[path]
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
 @given_back()
 def train_step(context: StepContext) -> StepOutput:
     """Optimizer steps ``first`` to ``last`` of a phase; the output carries the state and what was measured."""
     params = context.spec.params
     config, phase, first, last = Int21Config(**params["config"]), params["phase"], params["first"], params["last"]
-    base = base_method.packed_base(context)
+    base = packed_base(context)
     student = Student.on(base, config, context.device)
-    held = _HeldOut(context, config)
+    held = HeldOut(context, config.temperature)
     before = context.input("previous") if "previous" in context.spec.inputs else None
     curve: list[Json] = list(before.data["curve"]) if before else [held.measured(student, 0, "base")]
     values = _beginning(context, base, config, before)
-    adapter.put(student.model, student.paths, values)
+    lora.put(student.model, student.paths, values)
     if before is None and config.start != "zero":
         curve.append(held.measured(student, 0, "start"))
     optimizer = _optimizer(student, values, steps=first)
@@ -113,17 +99,6 @@ def train_step(context: StepContext) -> StepOutput:
     losses = (list(before.data["losses"]) if before else []) + [six_digits(loss) for loss in losses]
     state = _state(student, optimizer)
     return StepOutput(blobs={STATE_FILE: _written(context, state)}, data={"curve": curve, "losses": losses})
-
-
-def rate_at(config: Int21Config, step: int, total: int) -> float:
-    """The learning rate of ``step`` (from 0) of ``total``: a short rise, then a cosine to zero."""
-    rise = max(1, round(RISE * total))
-    return scheduled(config.learning_rate, "cosine", step, total) * min(1.0, (step + 1) / rise)
-
-
-def _parts(start: int, count: int, most: int) -> Iterator[slice]:
-    for first in range(start, start + count, most):
-        yield slice(first, min(first + most, start + count))
 
 
 def _windows(context: StepContext, config: Int21Config) -> torch.Tensor:
@@ -145,7 +120,7 @@ def _trained(
     losses = []
     for step in range(first, last):
         loss = 0.0
-        for rows in _parts((step - first) * size, size, together):
+        for rows in parts_of((step - first) * size, size, together):
             known = teacher.at(rows, student.device) if teacher else None
             part = student.judged(windows[rows], known, **weights).loss * ((rows.stop - rows.start) / size)
             part.backward()
@@ -155,39 +130,12 @@ def _trained(
             raise CompressionError(
                 "diverged", f"the loss of training step {step + 1} is not finite: lower learning_rate"
             )
-        optimizer.param_groups[0]["lr"] = rate_at(config, step, params["total"])
+        optimizer.param_groups[0]["lr"] = rate_at(config.learning_rate, step, params["total"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss)
         context.progress(step - first + 1, last - first, "training steps")
     return losses
-
-
-class _HeldOut:
-    """Windows that nothing is trained on, and what the teacher answers there."""
-
-    def __init__(self, context: StepContext, config: Int21Config) -> None:
-        self._windows = read_windows(context, HELD_OUT)
-        self._teacher = read_logits(context, "held_out")
-        self._temperature = config.temperature
-
-    def measured(self, student: Student, tokens: int, phase: str) -> Json:
-        """Means over windows and their values one by one; the divergence is at the training's temperature."""
-        kl, ce = [], []
-        with torch.no_grad():
-            for at in range(len(self._windows)):
-                rows = slice(at, at + 1)
-                known = self._teacher.at(rows, student.device)
-                one = student.judged(self._windows[rows], known, temperature=self._temperature)
-                kl.append(float(one.kl))
-                ce.append(float(one.ce))
-        return {
-            "tokens": tokens,
-            "phase": phase,
-            "kl": six_digits(sum(kl) / len(kl)),
-            "ce": six_digits(sum(ce) / len(ce)),
-            "windows": [six_digits(one) for one in kl],
-        }
 
 
 def _beginning(
@@ -201,7 +149,7 @@ def _beginning(
         found: dict[str, torch.Tensor] = {}
         with TensorFile(context.store.verified_path(context.input("start").blobs[ADAPTER_FILE])) as file:
             return found | {name: file.tensor(name) for name in file.entries}
-    return adapter.fresh(base_method.sides(base), config.rank, context.spec.seed)
+    return lora.fresh(base_method.sides(base), config.rank, context.spec.seed)
 
 
 def _optimizer(student: Student, values: Mapping[str, torch.Tensor], *, steps: int) -> torch.optim.AdamW:

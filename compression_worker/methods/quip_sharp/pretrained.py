@@ -16,6 +16,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compression_worker.making.hollow import hollow_out, owners, put_at
+
 QUANT_METHOD = "deltaworks_quip_sharp"
 
 
@@ -26,18 +28,6 @@ class QuipSharpPretrained(QuantizationConfigMixin):
     def __init__(self, bits: int = 2, **ignored: Any) -> None:
         self.quant_method = QUANT_METHOD
         self.bits = bits
-
-
-class Hollow(torch.nn.Module):
-    """Stands for a coded linear while transformers loads the rest; holds its bias."""
-
-    def __init__(self, linear: Any) -> None:
-        super().__init__()
-        self.bias = linear.bias
-        # No parameter: some models draw the first values of their linears by name.
-        self.weight = torch.empty(0)
-        # In a tuple it is no child: its weight is not looked for in the files.
-        self.stands_for = (linear,)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -66,9 +56,7 @@ class QuipSharpQuantizer(HfQuantizer):
             self._made = LatticeTensors(artifact)
             self._names = packable(self._made)
             self._stacks = _stacks(self._made)
-        for path, linear in _owners(model, self._names.values()).items():
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, Hollow(linear))
+        hollow_out(model, self._names.values())
         model._keys_to_ignore_on_load_unexpected |= {"#"}
         model._keys_to_ignore_on_load_missing |= {re.escape(name) for name in self._stacks}
 
@@ -84,14 +72,13 @@ class QuipSharpQuantizer(HfQuantizer):
                 pack(model, made, self._names)
                 model.to(model.device)
                 return
-            paths = _owners(model, self._names.values())
+            paths = owners(model, self._names.values())
             for name, path in zip(self._names, paths, strict=True):
                 hollow = model.get_submodule(path)
                 (linear,) = hollow.stands_for
                 weight = made.tensor(name, linear.weight.dtype).to(model.device)
                 linear.weight, linear.bias = torch.nn.Parameter(weight, requires_grad=False), hollow.bias
-                parent, _, child = path.rpartition(".")
-                setattr(model.get_submodule(parent), child, linear)
+                put_at(model, path, linear)
 
     def is_serializable(self) -> bool:
         """The artifact's folder is the saved form."""
@@ -100,15 +87,6 @@ class QuipSharpQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _owners(model: Any, weights: Any) -> dict[str, Any]:
-    """Path -> module of the owner of each weight, in their order."""
-    from compression_worker.making.loading import module_path
-
-    modules = dict(model.named_modules())
-    paths = [module_path(weight, modules, model.base_model_prefix) for weight in weights]
-    return {path: modules[path] for path in paths}
 
 
 def _stacks(made: Any) -> dict[str, list[str]]:

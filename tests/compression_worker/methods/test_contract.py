@@ -31,8 +31,16 @@ from compression_worker.store import Store
 from tests.families import FAMILIES, edit_weights, make_family_pair
 
 _BRIEF: Json = {"tokens": 128, "window_tokens": 32, "batch_size": 2, "held_out": 2, "rank": 2, "teacher_logits": 16}
+_SHARED: Json = {
+    **{"groups": "0:1", "protect_first": 0, "protect_last": 0, "rank": 2, "window_tokens": 32, "measure_windows": 4},
+    **{"held_out": 2, "teacher_logits": 16, "samples": 4, "length": 32, "batch_size": 2},
+}
 SETTINGS: dict[str, tuple[Json, Json]] = {
     "bitdelta": ({"distill_steps": 0}, {"distill_steps": 2, "batch_size": 2, "sequence_length": 32}),
+    "deltallm": (
+        {"tokens": 0, "start": "zero", **_SHARED},
+        {"tokens": 128, "start": "svd_covariance", "learning_rate": 1e-4, **_SHARED},
+    ),
     "gptq": ({"samples": 4, "length": 32, "num_bits": 8}, {"samples": 4, "length": 32, "inputs": "full"}),
     "int21": (
         {"samples": 4, "length": 32, "num_bits": 8, **_BRIEF},
@@ -44,6 +52,8 @@ SETTINGS: dict[str, tuple[Json, Json]] = {
     ),
 }
 """Method -> its cheapest settings, and settings with a little training."""
+OF_MIXTURES: dict[str, Json] = {"deltallm": {"modules": "attention"}}
+"""What a method needs to be told where MLPs are mixtures of experts."""
 TRAINED_FAMILIES = ("llama", "qwen2", "phi3", "gpt2", "mixtral")
 TEXTS = b"".join(json.dumps({"text": f"Sentence {n}: the fox jumps over the dog."}).encode() + b"\n" for n in range(8))
 TOKENS = torch.arange(40, 60).view(1, 20)
@@ -66,9 +76,13 @@ class Pair:
         }
 
     def plan(self, method: str, *, trained: bool = False) -> StepSpec:
-        config = SETTINGS.get(method, ({}, {}))[trained]
+        config = self.settings(method, trained)
         inputs = {name: digest for name, digest in self.inputs.items() if name != "base" or METHODS[method].needs_base}
         return StepSpec(kind=f"{method}.plan", params={"config": config}, inputs=inputs, seed=7)
+
+    def settings(self, method: str, trained: bool) -> Json:
+        more = OF_MIXTURES.get(method, {}) if any(".experts." in name for name in self.weights("variant")) else {}
+        return SETTINGS.get(method, ({}, {}))[trained] | more
 
     def refused(self, method: str) -> CompressionError:
         """How the plan is refused, before any matrix is read."""
@@ -179,12 +193,14 @@ def check(made: Compressed, out: Path) -> None:
     assert all(line["relative_error"] >= 0 for line in manifest["figures"]["matrices"])
 
     model = load_folder(out / "model")
-    loaded = made.load()
+    implementation = import_module(METHODS[manifest["method"]].implementation)
+    takes = inspect.signature(implementation.load_model).parameters
+    loaded = made.load(dense=True) if "dense" in takes else made.load()
     assert torch.equal(logits(loaded), logits(model)), "the model in memory is the one that a restore writes"
     full = logits(made.load(torch.float32))
     assert full.isfinite().all()
-    if "packed" in inspect.signature(import_module(METHODS[manifest["method"]].implementation).load_model).parameters:
-        torch.testing.assert_close(logits(made.load(torch.float32, packed=True)), full, rtol=1e-4, atol=1e-4)
+    for form in {"packed", "dense"} & takes.keys():
+        torch.testing.assert_close(logits(made.load(torch.float32, **{form: True})), full, rtol=1e-4, atol=1e-4)
 
 
 @every_method
@@ -308,7 +324,7 @@ def test_an_artifact_that_stands_alone_needs_no_base_and_names_one_checkpoint_tw
     assert not artifact.manifest.get("shared")
     linears = artifact.manifest["figures"]["linears"]
     assert 1 < linears["bits_per_weight"] < 16
-    assert all(0 <= line["proxy_loss"] < 1 for line in artifact.manifest["figures"]["matrices"])
+    assert all(0 <= line.get("proxy_loss", 0) < 1 for line in artifact.manifest["figures"]["matrices"])
 
 
 @every_quantization
@@ -385,6 +401,6 @@ def forecast(pair: Pair, method: str, trained: bool) -> Estimate:
     """What a page promises before the job."""
     manifest = Checkpoint.open(pair.store, pair.inputs["variant"]).manifest
     model = Model(**{key: manifest[key] for key in ("config", "parameters", "weight_bytes", "size_bytes")})
-    config = METHODS[method].config_class()(**SETTINGS.get(method, ({}, {}))[trained])
+    config = METHODS[method].config_class()(**pair.settings(method, trained))
     found: Estimate = METHODS[method].forecaster().estimate(config, Inputs(variant=model, base=model, text_bytes=1))
     return found

@@ -19,15 +19,19 @@ from compression_worker.adapters import CONFIG_FILE, WEIGHTS_FILE
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import attach_folder
 from compression_worker.contracts import CompressionError, Json, StepOutput, StepSpec, canonical_json, sha256
-from compression_worker.methods.int21 import adapter, packed_base
+from compression_worker.making.beneath import implementation
+from compression_worker.methods.int21 import packed_base
 from compression_worker.methods.int21.compress import load_model, load_packed
-from compression_worker.methods.int21.config import BASES, Int21Config
+from compression_worker.methods.int21.config import Int21Config
 from compression_worker.methods.int21.estimate import estimate, training_peaks
 from compression_worker.methods.int21.memory import adapter_parameters
 from compression_worker.methods.int21.overhead import overhead
-from compression_worker.methods.int21.start import closed_form
-from compression_worker.methods.int21.training import STATE_FILE, Student, rate_at
+from compression_worker.methods.int21.training import STATE_FILE, Student
 from compression_worker.preflight import Inputs, Model
+from compression_worker.quantization import lora
+from compression_worker.quantization.bases import BASES
+from compression_worker.quantization.learning import rate_at
+from compression_worker.quantization.low_rank import closed_form
 from compression_worker.quantization.teacher import TopLogits
 from compression_worker.runner import Runner, resolve_inputs, run_plan
 from compression_worker.samples import TEXT, parse_samples
@@ -136,9 +140,9 @@ def test_gradients_are_those_of_a_dense_layer_in_double(
     ours = torch.autograd.grad(layer(x), (x, a, b), upstream)
 
     beneath = packed_base.beneath(artifact)
-    with packed_base.implementation(beneath).open_merged(None, beneath) as tensors:
+    with implementation(beneath).open_merged(None, beneath) as tensors:
         weight = tensors.tensor(f"{path}.weight", torch.float32).double()
-    scale = layer.scaling[adapter.ADAPTER]
+    scale = layer.scaling[lora.ADAPTER]
     assert scale == 2.0
     theirs = torch.autograd.grad(x @ (weight + scale * b @ a).T, (x, a, b), upstream)
     for one, other in zip(ours, theirs, strict=True):
@@ -173,7 +177,7 @@ def test_nothing_as_large_as_a_weight_is_kept_for_the_backward_pass(
 
 
 def is_adapted(module: Any) -> bool:
-    return isinstance(module, adapter.PackedLora)
+    return isinstance(module, lora.PackedLora)
 
 
 def test_memory_at_the_peak_is_foretold_within_a_tenth(tmp_path: Path) -> None:
@@ -238,7 +242,7 @@ def peak_of_training(beneath: Artifact, config: Int21Config) -> int:
 def test_with_b_zero_it_answers_exactly_as_its_base(job: Job, base_method: str) -> None:
     artifact = job.run(base_method=base_method).artifact
     beneath = packed_base.beneath(artifact)
-    alone = packed_base.implementation(beneath).load_packed(beneath, "cpu", torch.float32)
+    alone = implementation(beneath).load_packed(beneath, "cpu", torch.float32)
     assert torch.equal(logits(student_of(artifact, base_method=base_method).model), logits(alone))
 
 
@@ -272,7 +276,7 @@ def test_the_artifact_is_an_adapter_that_stock_peft_loads_on_the_base(made: Made
 
     folder = made.folder(tmp_path / "artifact")
     beneath = packed_base.beneath(made.artifact)
-    dense = packed_base.implementation(beneath).load_model(None, beneath, "cpu", torch.float32)
+    dense = implementation(beneath).load_model(None, beneath, "cpu", torch.float32)
     stock = PeftModel.from_pretrained(dense, folder).eval()
     names = [name for name in dict(stock.named_modules()) if name.endswith("lora_A.default")]
     assert len(names) == 14, "every linear of both blocks, and no other"
@@ -292,7 +296,7 @@ def test_stock_peft_loads_it_on_other_families_too(family: str, base_method: str
     folder = made.folder(tmp_path / "artifact")
     beneath = packed_base.beneath(made.artifact)
     stock = PeftModel.from_pretrained(
-        packed_base.implementation(beneath).load_model(None, beneath, "cpu", torch.float32), folder
+        implementation(beneath).load_model(None, beneath, "cpu", torch.float32), folder
     ).eval()
     ours = load_model(None, made.artifact, "cpu", torch.float32)
     torch.testing.assert_close(logits(stock), logits(ours), rtol=1e-4, atol=1e-4)
@@ -558,8 +562,7 @@ def test_the_hessians_that_a_base_made_are_used_again_for_the_closed_form(job: J
 
 
 def test_the_rate_rises_for_a_moment_and_falls_to_zero() -> None:
-    config = Int21Config(learning_rate=1.0)
-    rates = [rate_at(config, step, 100) for step in range(100)]
+    rates = [rate_at(1.0, step, 100) for step in range(100)]
     assert rates[0] < rates[4] > rates[50] > rates[99] > 0
     assert rates[4] == pytest.approx(1.0, abs=0.01)
 

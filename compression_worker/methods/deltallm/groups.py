@@ -1,0 +1,169 @@
+"""Which blocks may follow which, how many have to, and at what rank: arithmetic on shapes alone. No torch.
+
+A *follower* uses the weights of its *anchor*, the nearest block before it that shares nothing itself, and keeps a
+difference of rank ``r``. Of a block whose shared matrices are ``N x K``, that saves
+
+    s(r) = sum N K - r (N + K),        followers = ceil(target / s(r))
+
+(DeltaLLM, arXiv:2501.18596). That anchors come before their followers, that a follower's anchor is the nearest one and
+that first and last blocks are not shared is our reading.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from compression_worker.contracts import CompressionError
+
+
+def parse_groups(text: str) -> dict[int, int]:
+    """Follower -> anchor out of ``4:5,6;10:11``. Refuses other text, and groups that contradict each other."""
+    found: dict[int, int] = {}
+    for group in filter(None, (one.strip() for one in text.split(";"))):
+        head, _, tail = group.partition(":")
+        try:
+            anchor, followers = int(head), [int(one) for one in tail.split(",")]
+        except ValueError:
+            raise _bad(f"'{group}' is no group; write anchor:follower,follower as in 4:5,6;10:11") from None
+        for follower in followers:
+            if not 0 <= anchor < follower:
+                raise _bad(f"block {follower} cannot follow block {anchor}: an anchor comes before its followers")
+            if follower in found:
+                raise _bad(f"block {follower} follows twice; name it once")
+            found[follower] = anchor
+    if both := sorted(found.keys() & set(found.values())):
+        raise _bad(f"block {both[0]} is an anchor and a follower; it can be one of them")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """The blocks of a model as far as sharing goes. ``alike``: those whose shared modules have equal shapes."""
+
+    blocks: int
+    alike: tuple[int, ...]
+    protect_first: int
+    protect_last: int
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """Blocks that may follow: not protected, and one of their kind stands before them."""
+        last = self.blocks - self.protect_last
+        return tuple(block for block in self.alike[1:] if self.protect_first <= block < last)
+
+    def anchor(self, follower: int, chosen: Collection[int]) -> int:
+        """The nearest block before ``follower`` that is not one of ``chosen``."""
+        return max(block for block in self.alike if block < follower and block not in chosen)
+
+    def allowed(self, chosen: Mapping[int, int], still: int) -> dict[int, int]:
+        """Candidate -> its anchor where ``chosen`` (follower -> anchor) are, and ``still`` more have to be found.
+
+        An anchor may not follow; what would leave too few to choose from is no candidate.
+        """
+        taken = chosen.keys() | set(chosen.values())
+        left = {block for block in self.candidates if block not in taken}
+        pairs = {block: self.anchor(block, chosen) for block in sorted(left)}
+        return {block: anchor for block, anchor in pairs.items() if len(left - {block, anchor}) >= still - 1}
+
+    def check(self, groups: Mapping[int, int]) -> None:
+        """Refuse groups that name a block which does not exist, or blocks of different shapes."""
+        for block in (*groups, *groups.values()):
+            if block >= self.blocks:
+                raise _bad(f"there is no block {block}: the model has {self.blocks}, from 0 to {self.blocks - 1}")
+            if block not in self.alike:
+                raise _bad(f"block {block} has no modules like those of the others; leave it out")
+
+
+def picked(measured: Mapping[int, float], depth: Depth, chosen: Mapping[int, int], count: int, still: int) -> list[int]:
+    """The ``count`` best of one round by what they cost, each with the anchor that it was measured with."""
+    found = dict(chosen)
+    order = sorted(measured, key=lambda block: (measured[block], block))
+    first = depth.allowed(chosen, still)
+    made: list[int] = []
+    for block in order:
+        allowed = depth.allowed(found, still - len(made))
+        if len(made) < count and block in first and allowed.get(block) == first[block]:
+            found[block] = allowed[block]
+            made.append(block)
+    return made
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many blocks follow, and at what rank."""
+
+    followers: int
+    rank: int
+
+
+def saving(sides: Sequence[tuple[int, int]], rank: int) -> int:
+    """Parameters that one follower saves; ``sides`` are ``(N, K)`` of its shared matrices."""
+    return sum(n * k - rank * (n + k) for n, k in sides)
+
+
+def highest_rank(sides: Sequence[tuple[int, int]]) -> int:
+    """The highest rank at which every matrix is smaller than it was."""
+    return min((n * k - 1) // (n + k) for n, k in sides)
+
+
+def check_rank(sides: Sequence[tuple[int, int]], rank: int) -> None:
+    """Refuse a rank at which a difference is as large as a matrix."""
+    side, most = min(min(pair) for pair in sides), highest_rank(sides)
+    if rank > most:
+        what = f"has {side} rows or columns only" if rank > side else "would not become smaller"
+        raise _bad(f"rank is {rank}, and a shared matrix {what}; the highest rank that saves anything is {most}")
+
+
+def budget(
+    sides: Sequence[tuple[int, int]],
+    parameters: int,
+    depth: Depth,
+    *,
+    target: float | None,
+    followers: int | None,
+    rank: int,
+) -> Budget:
+    """As few followers as reach ``target`` (a share of ``parameters``) at ``rank``, then the highest rank that does.
+
+    ``followers`` overrules the target. Refuses a model without shareable layers, and what cannot be met.
+    """
+    most = len(depth.candidates)
+    if not most:
+        raise CompressionError(
+            "nothing_to_share",
+            f"no layer can be shared: of {depth.blocks} blocks the first {depth.protect_first} and the last "
+            f"{depth.protect_last} are protected and an anchor is needed; lower protect_first and protect_last",
+        )
+    check_rank(sides, rank)
+    if followers is not None:
+        if followers > most:
+            raise _bad(f"followers is {followers}, and {most} blocks can follow at most")
+        return Budget(followers, rank)
+    assert target is not None
+    wanted = target * parameters
+    needed = math.ceil(wanted / saving(sides, rank))
+    if needed > most:
+        reached, ever = (100 * most * saving(sides, one) / parameters for one in (rank, 1))
+        raise CompressionError(
+            "target_out_of_reach",
+            f"target_reduction is {target:g}, and {most} followers of rank {rank} save {reached:.3g} % of the "
+            f"parameters at most ({ever:.3g} % at rank 1): set a lower target or rank, share more modules, or protect "
+            "fewer blocks",
+        )
+    # s(r) falls by the same amount with each rank.
+    step = saving(sides, 0) - saving(sides, 1)
+    most_rank = min(math.floor((saving(sides, 0) - wanted / needed) / step), highest_rank(sides))
+    return Budget(needed, max(rank, most_rank))
+
+
+def rounds(followers: int, picks: int) -> list[int]:
+    """How many are chosen in each round."""
+    edges = [*range(0, followers, picks), followers]
+    return [stop - start for start, stop in pairwise(edges)]
+
+
+def _bad(words: str) -> CompressionError:
+    return CompressionError("bad_setting", words)

@@ -1,0 +1,59 @@
+"""How DeltaLLM lies on disk: what is stored as it is, and the factors of each follower.
+
+``deltas.safetensors`` holds ``<weight>#A (r, K)`` and ``<weight>#B (N, r)`` of each weight that is not stored, or its
+``#signs (ceil(K/32), N)`` int32 and ``#scale (1,)``; its line in the table is of kind ``shared`` and names the
+``anchor`` whose weight it uses. The weight in the checkpoint's own orientation is ``W_anchor + D``, transposed where
+the checkpoint keeps it so. On a packed base all other files are the base's own, less the codes of shared weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from compression_worker.contracts import Json
+from compression_worker.making.table import Weigh, sides_of
+from compression_worker.methods.deltallm.config import ITEM_BYTES, SIGN, sign_bytes
+
+DELTAS_FILE = "deltas.safetensors"
+QUANT_METHOD = "deltaworks_deltallm"
+"""The name by which transformers knows how to load the artifact's folder."""
+NAME, VERSION = "shared-layers", 1
+
+
+def layout(base: Json | None) -> Json:
+    """What the manifest says of the layout; ``base``: method, config and layout of a packed base."""
+    return {"name": NAME, "version": VERSION, "rule": "W = W_anchor + B A", "base": base}
+
+
+def keys(name: str, form: str) -> tuple[str, str]:
+    """The names of the two pieces of the weight ``name``. No weight of a checkpoint has such a name."""
+    first, second = ("signs", "scale") if form == SIGN else ("A", "B")
+    return f"{name}#{first}", f"{name}#{second}"
+
+
+def delta_parameters(entry: Json) -> int:
+    """``r (N + K)`` of a line of kind ``shared``; sixteen signs count as one parameter."""
+    outputs, inputs = sides_of(entry)
+    if entry["form"] == SIGN:
+        return -(-outputs * inputs // 16) + 1
+    return int(entry["rank"]) * (outputs + inputs)
+
+
+def delta_operations(entry: Json) -> int:
+    """Multiplications and additions that a line of kind ``shared`` adds for each token."""
+    outputs, inputs = sides_of(entry)
+    return 2 * (outputs * inputs if entry["form"] == SIGN else delta_parameters(entry))
+
+
+def weighing(beneath: Weigh | None) -> Weigh:
+    """How a line weighs: bytes by part and the weights it stands for; all but shared ones as in a packed base."""
+
+    def weigh(entry: Json) -> tuple[Mapping[str, int], int]:
+        if entry["kind"] != "shared" and beneath is not None:
+            return beneath(entry)
+        outputs, inputs = sides_of(entry)
+        if entry["form"] == SIGN:
+            return {"deltas": sign_bytes(outputs, inputs)}, outputs * inputs
+        return {"deltas": ITEM_BYTES[entry["delta_dtype"]] * delta_parameters(entry)}, outputs * inputs
+
+    return weigh
