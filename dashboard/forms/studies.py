@@ -62,6 +62,16 @@ class StudyForm(ConfigForm):
         empty_label=gettext_lazy("none"),
         help_text=gettext_lazy("Text that methods read. Use text like that of the model's work, never the test set."),
     )
+    training_tokens = forms.IntegerField(
+        label=gettext_lazy("Training tokens"),
+        required=False,
+        min_value=1,
+        max_value=1 << 40,
+        help_text=gettext_lazy(
+            "For methods that train on the calibration text, such as INT2.1; others ignore it. Empty: each method's "
+            "own number, which is hours of work without a GPU."
+        ),
+    )
     text_set = forms.ModelChoiceField(
         SampleSet.objects.none(),
         label=gettext_lazy("Text set"),
@@ -121,12 +131,13 @@ class StudyForm(ConfigForm):
     def parts(self) -> dict[str, list[Section]]:
         """Fields before and after the table of ways; all settings of the evaluations are folded."""
         subject = Section("subject", _("What to compress"), self._bound(["variant", "calibration"]))
+        training = Section("training", _("Methods that train"), self._bound(["training_tokens"]))
         measured = Section("measured", _("What to measure all of them on"), self._bound(["text_set", "choice_set"]))
         names = [name for name in self.fields if name in self.config_names]
         folded = Section("more", _("Settings of the evaluations"), self._bound(names), True, self._deserves(names, {}))
         queueing = [name for name in self.queueing_names if name in self.fields]
         last = Section("queueing", _("When and where it runs"), self._bound(queueing))
-        return {"before": [subject], "after": [measured, folded, last]}
+        return {"before": [subject], "after": [training, measured, folded, last]}
 
     def clean(self) -> dict[str, Any]:
         check_config(self, EvaluationConfig, self.config_names)
@@ -155,6 +166,7 @@ class StudyForm(ConfigForm):
             sets=(values.get("text_set"), values.get("choice_set")),
             config=EvaluationConfig(**self.config_values),
             queue=self.queue,
+            tokens=values.get("training_tokens"),
         )
 
 

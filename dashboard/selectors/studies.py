@@ -19,7 +19,7 @@ from dashboard.pictures import BitsPoint
 from dashboard.selectors.evaluations import MetricRow, metric_rows
 from dashboard.selectors.preflight import model_of
 from dashboard.selectors.registry import method_label
-from dashboard.selectors.trials import way_label
+from dashboard.selectors.trials import TOKENS_FIELD, way_label
 
 OF_THE_LINEARS = frozenset({"codes", "masks", "scales", "residual"})
 """Parts of a ledger that hold the compressed matrices."""
@@ -121,6 +121,12 @@ def linears_bits(artifact: Artifact) -> float | None:
 def columns(rows: Sequence[TrialRow]) -> list[MetricRow | None]:
     """The metrics that any way was measured in, each by a row that tells its name; None for one that none was."""
     return [next((row.metrics[name] for row in rows if name in row.metrics), None) for name in SHOWN]
+
+
+def training_tokens(rows: Iterable[TrialRow]) -> int | None:
+    """How many tokens the methods that train were asked to train on; None where none of them trains."""
+    configs = (row.trial.compression.spec.get("config") or {} for row in rows)
+    return next((config[TOKENS_FIELD] for config in configs if TOKENS_FIELD in config), None)
 
 
 def is_busy(rows: Iterable[TrialRow]) -> bool:

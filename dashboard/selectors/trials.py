@@ -27,6 +27,8 @@ from dashboard.selectors.sizes import fits
 WIDTHS = (2, 3, 4, 8)
 WIDTH_FIELDS = ("bits", "num_bits")
 """How methods call the setting: bits of a code."""
+TOKENS_FIELD = "tokens"
+"""How methods call the setting: tokens to train on."""
 MOST = 24
 """Trials in one study: more are better asked for after a look at the first."""
 
@@ -47,10 +49,20 @@ class Way:
     def label(self) -> str:
         return way_label(self.method, self.bits)
 
-    def config(self) -> Any:
-        """The method's own settings at this width. Raises what the config class raises."""
-        made = METHODS[self.method].config_class()
-        return made() if self.bits is None else made(**{_width_field(self.method): self.bits})
+    def config(self, tokens: int | None = None) -> Any:
+        """The method's own settings at this width, and trained on so many ``tokens`` where it trains.
+
+        Raises what the config class raises.
+        """
+        given = {} if self.bits is None else {_width_field(self.method): self.bits}
+        if tokens is not None and self.trains:
+            given[TOKENS_FIELD] = tokens
+        return METHODS[self.method].config_class()(**given)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method asks for a number of training tokens."""
+        return TOKENS_FIELD in {one.name for one in fields(METHODS[self.method].config_class())}
 
     @property
     def reads_text(self) -> bool:
@@ -153,10 +165,11 @@ def study_forecast(
     sets: tuple[SampleSet | None, SampleSet | None],
     config: EvaluationConfig,
     queue: str,
+    tokens: int | None = None,
 ) -> StudyForecast:
-    """``sets``: the text set and the choice set of the evaluations."""
+    """``sets``: the text set and the choice set of the evaluations; ``tokens``: see :meth:`Way.config`."""
     site = Site.now()
-    found = [_forecast(way, checkpoint, calibration, queue, site) for way in ways]
+    found = [_forecast(way, checkpoint, calibration, queue, site, tokens) for way in ways]
     largest = max((one.preflight.estimate.result_bytes for one in found), default=0)
     given = replace(evaluation_inputs(checkpoint, None, *sets), artifact_bytes=largest)
     evaluation = evaluation_preflight(config, given, queue)
@@ -165,6 +178,8 @@ def study_forecast(
     return StudyForecast(found, evaluation, sum(written) + max(written, default=0), site.free)
 
 
-def _forecast(way: Way, checkpoint: Checkpoint, calibration: SampleSet | None, queue: str, site: Site) -> Forecast:
+def _forecast(
+    way: Way, checkpoint: Checkpoint, calibration: SampleSet | None, queue: str, site: Site, tokens: int | None
+) -> Forecast:
     inputs = compression_inputs(way.method, checkpoint, calibration if way.reads_text else None)
-    return Forecast(way, compression_preflight(way.method, way.config(), inputs, queue, site=site))
+    return Forecast(way, compression_preflight(way.method, way.config(tokens), inputs, queue, site=site))

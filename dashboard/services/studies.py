@@ -16,6 +16,7 @@ from django.db.models import QuerySet
 from django.utils import timezone
 from django.utils.translation import gettext as _
 
+from compression_worker.contracts import CompressionError
 from dashboard.lifecycle import CancelRequest, JobState, Refused
 from dashboard.models import Artifact, Checkpoint, Job, SampleSet, Study, Trial, User
 from dashboard.selectors.sizes import fits
@@ -43,17 +44,26 @@ def study_create(
     config: dict[str, Any] | None = None,
     priority: int = 0,
     queue: str = "",
+    tokens: int | None = None,
 ) -> Study:
     """Queue a compression of ``variant`` for each of ``ways``: all of them, or none where one cannot be.
 
-    ``config``: settings of the evaluation that follows each.
+    ``config``: settings of the evaluation that follows each. ``tokens``: how many methods that train are trained on,
+    None for their own number; others ignore it.
     """
     actor = authorise(actor, "job.create")
     ways = list(dict.fromkeys(ways))
     settled, queue = evaluation_settings(config or {}), queue_checked(queue)
     _check(variant, ways, calibration, text_set, choice_set)
+    configs = {way: _own_settings(way, tokens) for way in ways}
     forecast = study_forecast(
-        variant, ways, calibration=calibration, sets=(text_set, choice_set), config=settled, queue=queue
+        variant,
+        ways,
+        calibration=calibration,
+        sets=(text_set, choice_set),
+        config=settled,
+        queue=queue,
+        tokens=tokens,
     )
     if problems := forecast.problems:
         raise Refused(" ".join(problems))
@@ -72,7 +82,7 @@ def study_create(
             is_demo=variant.is_demo,
         )
     for index, way in enumerate(ways):
-        job = _compress(study, way)
+        job = _compress(study, way, configs[way])
         Trial.objects.create(study=study, index=index, method=way.method, bits=way.bits, compression=job)
     return study
 
@@ -102,13 +112,13 @@ def _check(
             raise Refused(_("'%(set)s' is a set of the other kind") % {"set": one})
 
 
-def _compress(study: Study, way: Way) -> Job:
+def _compress(study: Study, way: Way, config: dict[str, Any]) -> Job:
     try:
         return compression_create(
             actor=study.created_by,
             method=way.method,
             variant=study.variant,
-            config=_own_settings(way),
+            config=config,
             calibration=study.calibration if way.reads_text else None,
             priority=study.priority,
             queue=study.queue,
@@ -117,8 +127,11 @@ def _compress(study: Study, way: Way) -> Job:
         raise Refused(f"{way.label}: {refusal}") from refusal
 
 
-def _own_settings(way: Way) -> dict[str, Any]:
-    made = way.config()
+def _own_settings(way: Way, tokens: int | None) -> dict[str, Any]:
+    try:
+        made = way.config(tokens)
+    except CompressionError as error:
+        raise Refused(f"{way.label}: {error.message}") from error
     return {name: getattr(made, name) for name in made.__dataclass_fields__}
 
 

@@ -66,6 +66,7 @@ def _create(request: SignedInRequest, form: StudyForm) -> Study:
         text_set=values["text_set"],
         choice_set=values["choice_set"],
         config=form.config_values,
+        tokens=values["training_tokens"],
         priority=values["priority"],
         queue=form.queue,
     )
@@ -83,6 +84,7 @@ def study_detail(request: HttpRequest, pk: int) -> HttpResponse:
             "study": study,
             "rows": rows,
             "full": full,
+            "tokens": studies.training_tokens(rows),
             "full_cells": studies.full_row(rows),
             "columns": studies.columns(rows),
             "pictures": _pictures(rows, full),

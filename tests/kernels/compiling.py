@@ -75,9 +75,16 @@ def main() -> int:
     binary(torch.bfloat16, tokens=65, rows=256, group_size=64, invariant=False)
     hadamard(torch.zeros((9, 4096), dtype=torch.bfloat16), plan(4096), torch.ones(4096))
     hadamard(torch.zeros((9, 14336)), plan(14336), torch.ones(14336), transpose=True)
-    for bits in (2, 3, 4):
-        e8p(torch.float16, rows=1, bits=bits)
-        e8p(torch.bfloat16, rows=65, bits=bits)
+    # Each number of tables with either shape of tile, and each dtype.
+    for dtype, rows, bits in (
+        (torch.float16, 1, 2),
+        (torch.bfloat16, 65, 2),
+        (torch.float16, 65, 3),
+        (torch.bfloat16, 1, 4),
+    ):
+        e8p(dtype, rows=rows, bits=bits)
+    dequant(torch.bfloat16, tokens=8, group_size=128, bits=3)
+    dequant(torch.float16, tokens=65, group_size=40, bits=4)
     return 0
 
 
@@ -86,10 +93,6 @@ def e8p(dtype: torch.dtype, *, rows: int, bits: int) -> None:
     second = {3: first.to(torch.uint8), 4: first}.get(bits)
     x = torch.zeros((rows, 4096), dtype=dtype, requires_grad=True)
     e8p_matmul(x, E8PWeight(first, second)).backward(torch.zeros((rows, 256), dtype=dtype))
-
-    dequant(torch.bfloat16, tokens=8, group_size=128, bits=3)
-    dequant(torch.float16, tokens=65, group_size=40, bits=4)
-    return 0
 
 
 def dequant(dtype: torch.dtype, *, tokens: int, group_size: int, bits: int) -> None:

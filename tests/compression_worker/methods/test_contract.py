@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -54,6 +54,8 @@ SETTINGS: dict[str, tuple[Json, Json]] = {
 """Method -> its cheapest settings, and settings with a little training."""
 OF_MIXTURES: dict[str, Json] = {"deltallm": {"modules": "attention"}}
 """What a method needs to be told where MLPs are mixtures of experts."""
+THREE = ("llama", "gpt2", "mixtral")
+"""Linears, transposed linears, experts."""
 TRAINED_FAMILIES = ("llama", "qwen2", "phi3", "gpt2", "mixtral")
 TEXTS = b"".join(json.dumps({"text": f"Sentence {n}: the fox jumps over the dog."}).encode() + b"\n" for n in range(8))
 TOKENS = torch.arange(40, 60).view(1, 20)
@@ -66,6 +68,7 @@ class Pair:
     base_dir: Path
     variant_dir: Path
     store: Store
+    made: dict[tuple[str, bool], Compressed] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> dict[str, str]:
@@ -94,6 +97,13 @@ class Pair:
         events: list[Json] = []
         output = run_plan(self.store, self.plan(method, trained=trained), events.append, device="cpu")
         return Compressed(self, output, [event["text"] for event in events if event["type"] == "log"])
+
+    def compressed(self, method: str, *, trained: bool = False) -> Compressed:
+        """The same, made once for all tests that only look at it."""
+        key = (method, trained)
+        if key not in self.made:
+            self.made[key] = self.compress(method, trained=trained)
+        return self.made[key]
 
     def weights(self, side: str) -> dict[str, torch.Tensor]:
         return load_file((self.base_dir if side == "base" else self.variant_dir) / "model.safetensors")
@@ -151,25 +161,31 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+def of_families(*names: str) -> pytest.MarkDecorator:
+    """A test for each family. Those of one run in one process, where what was compressed is still there."""
+    marked = [pytest.param(name, marks=pytest.mark.xdist_group(f"contract of {name}")) for name in names]
+    return pytest.mark.parametrize("family", marked)
+
+
 every_method = pytest.mark.parametrize("method", METHODS)
 every_delta_method = pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.needs_base])
 every_quantization = pytest.mark.parametrize("method", [name for name, one in METHODS.items() if not one.needs_base])
 
 
 @every_method
-@pytest.mark.parametrize("family", FAMILIES)
+@of_families(*FAMILIES)
 def test_a_pair_goes_through_and_comes_back(
     shelf: Callable[[str], Pair], method: str, family: str, tmp_path: Path
 ) -> None:
-    check(shelf(family).compress(method), tmp_path)
+    check(shelf(family).compressed(method), tmp_path)
 
 
 @every_method
-@pytest.mark.parametrize("family", TRAINED_FAMILIES)
+@of_families(*TRAINED_FAMILIES)
 def test_a_pair_goes_through_and_comes_back_after_a_little_training(
     shelf: Callable[[str], Pair], method: str, family: str, tmp_path: Path
 ) -> None:
-    check(shelf(family).compress(method, trained=True), tmp_path)
+    check(shelf(family).compressed(method, trained=True), tmp_path)
 
 
 def check(made: Compressed, out: Path) -> None:
@@ -204,15 +220,15 @@ def check(made: Compressed, out: Path) -> None:
 
 
 @every_method
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("trained", [False, True], ids=["initial", "trained"])
+@of_families(*THREE)
 def test_the_same_seed_gives_the_same_bytes(
-    shelf: Callable[[str], Pair], method: str, family: str, trained: bool, tmp_path: Path
+    shelf: Callable[[str], Pair], method: str, family: str, tmp_path: Path
 ) -> None:
+    """After a little training, which begins with all that is done without; the plain way too where it is cheapest."""
     again = fresh(tmp_path, family)
-    assert again.compress(method, trained=trained).output.blobs == (
-        shelf(family).compress(method, trained=trained).output.blobs
-    )
+    for trained in (False, True) if family == "llama" else (True,):
+        once = shelf(family).compressed(method, trained=trained)
+        assert again.compress(method, trained=trained).output.blobs == once.output.blobs
 
 
 @every_delta_method
@@ -311,11 +327,12 @@ def test_a_checkpoint_without_an_expert_is_refused_by_the_plan(method: str, tmp_
     assert f"'{lost}' of transformer block 1 is missing" in refused.message
 
 
+@pytest.mark.xdist_group("contract of llama")
 @every_quantization
 def test_an_artifact_that_stands_alone_needs_no_base_and_names_one_checkpoint_twice(
     shelf: Callable[[str], Pair], method: str
 ) -> None:
-    made = shelf("llama").compress(method)
+    made = shelf("llama").compressed(method)
     artifact = made.artifact
     assert artifact.stands_alone
     assert artifact.manifest["base"] == artifact.manifest["variant"]
@@ -328,9 +345,9 @@ def test_an_artifact_that_stands_alone_needs_no_base_and_names_one_checkpoint_tw
 
 
 @every_quantization
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+@of_families(*THREE)
 def test_packed_linears_compute_what_the_dense_ones_do(shelf: Callable[[str], Pair], method: str, family: str) -> None:
-    made = shelf(family).compress(method)
+    made = shelf(family).compressed(method)
     implementation = import_module(METHODS[method].implementation)
     packed = implementation.load_packed(made.artifact, "cpu", torch.float32)
     torch.testing.assert_close(logits(packed), logits(made.load(torch.float32)), rtol=1e-4, atol=1e-4)

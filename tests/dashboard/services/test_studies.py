@@ -86,6 +86,15 @@ def test_one_request_queues_every_compression_with_its_own_settings(base: Checkp
     assert (study.created_by, study.trials.filter(evaluation=None).count()) == (person(Role.ENGINEER), 2)
 
 
+def test_training_tokens_go_to_the_methods_that_ask_for_them(base: Checkpoint, text: SampleSet) -> None:
+    ways = [Way("alone", 4), Way("gptq", 4), Way("int21", 2), Way("int21", 4)]
+    study = asked(base, text, ways=ways, tokens=4096)
+    found = [trial.compression.spec["config"].get("tokens") for trial in study.trials.order_by("index")]
+    assert found == [None, None, 4096, 4096]
+    own = asked(base, text, ways=ways).trials.get(method="int21", bits=2)
+    assert own.compression.spec["config"]["tokens"] == Way("int21", 2).config().tokens == 262_144
+
+
 def test_a_difference_and_a_whole_model_stand_side_by_side(variant: Checkpoint, text: SampleSet) -> None:
     study = asked(variant, text, ways=[Way("deltadq", 4), Way("alone", 4), Way("deltadq", 4)])
     first, second = study.trials.order_by("index")
@@ -104,6 +113,7 @@ def test_a_difference_and_a_whole_model_stand_side_by_side(variant: Checkpoint, 
         ({"choice_set": "text"}, "is a set of the other kind"),
         ({"config": {"max_windows": 0}}, "max_windows is 0"),
         ({"queue": "nowhere"}, "no queue 'nowhere'"),
+        ({"ways": [Way("gptq", 4), Way("int21", 2)], "tokens": 0}, "INT2.1, 2 bits: tokens is 0"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_queued(

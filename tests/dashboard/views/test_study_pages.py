@@ -50,6 +50,27 @@ def test_one_request_queues_the_study_and_leads_to_its_page(world: SimpleNamespa
     assert study.variant == world.variant
 
 
+def test_training_tokens_are_for_the_methods_that_train_and_stand_on_the_page(
+    world: SimpleNamespace, client_as: ClientAs
+) -> None:
+    client = client_as(Role.ENGINEER)
+    ways = {"ways": ["gptq:2", "int21:2"], "training_tokens": "4096"}
+    assert "others ignore it" in words(client.get(reverse("study-new")))
+    few, own = (
+        client.post(reverse("study-new"), sent(world, **ways | more, check="1")).context["forecast"].ways
+        for more in ({}, {"training_tokens": ""})
+    )
+    assert [one.way.key for one in few] == ["gptq:2", "int21:2"]
+    assert few[0].preflight.estimate == own[0].preflight.estimate
+    assert few[1].preflight.estimate.needed_bytes < own[1].preflight.estimate.needed_bytes, "the teacher's answers"
+    client.post(reverse("study-new"), sent(world, **ways))
+    configs = [trial.compression.spec["config"] for trial in latest().trials.order_by("index")]
+    assert [config.get("tokens") for config in configs] == [None, 4096]
+    assert "<dt>Training tokens</dt><dd>4,096</dd>" in words(client.get(reverse("study-detail", args=[latest().pk])))
+    client.post(reverse("study-new"), sent(world))
+    assert "Training tokens" not in words(client.get(reverse("study-detail", args=[latest().pk])))
+
+
 def test_a_base_model_is_offered_only_what_compresses_it(world: SimpleNamespace, client_as: ClientAs) -> None:
     client = client_as(Role.ENGINEER)
     page = client.get(f"{reverse('study-new')}?variant={world.base.pk}").content.decode()
@@ -70,6 +91,7 @@ def test_a_base_model_is_offered_only_what_compresses_it(world: SimpleNamespace,
         ({"text_set": ""}, "text_set", "Choose a text set"),
         ({"variant": ""}, "variant", "required"),
         ({"max_windows": "1"}, "max_windows", "max_windows is 1"),
+        ({"training_tokens": "0"}, "training_tokens", "greater than or equal to 1"),
     ],
 )
 def test_what_is_wrong_stands_beside_its_field_and_what_was_typed_stays(
