@@ -2,7 +2,7 @@
 
 from dashboard.pictures.bits import BitsPoint, bits_picture
 from dashboard.pictures.coding import coding_picture
-from dashboard.pictures.curve import curve_picture
+from dashboard.pictures.curve import Training, curve_picture, training_picture
 from dashboard.pictures.generations import Generation, generations_picture
 from dashboard.pictures.heatmap import Measure, heatmap_picture
 from dashboard.pictures.heldout import heldout_picture
@@ -26,6 +26,7 @@ __all__ = [
     "Picture",
     "Point",
     "Quality",
+    "Training",
     "bits_picture",
     "coding_picture",
     "curve_picture",
@@ -38,4 +39,5 @@ __all__ = [
     "pareto_picture",
     "sharing_picture",
     "timeline_picture",
+    "training_picture",
 ]

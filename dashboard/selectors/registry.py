@@ -187,21 +187,6 @@ def proxy_losses(figures: Mapping[str, Any]) -> list[Matrix]:
     return from_figures(figures.get("matrices") or [], "proxy_loss")
 
 
-def training_losses(figures: Mapping[str, Any]) -> list[float]:
-    """The losses of a training that belongs to the method; empty without one."""
-    return [float(loss) for loss in (figures.get("training") or {}).get("losses") or []]
-
-
-def heldout_curve(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What such a training came to on text that it did not learn from; empty without one."""
-    return list((figures.get("training") or {}).get("curve") or [])
-
-
-def distillation_losses(figures: Mapping[str, Any]) -> list[float]:
-    """The loss before each training step of the distillation; empty without one."""
-    return [float(loss) for loss in (figures.get("distillation") or {}).get("losses") or []]
-
-
 def saved_bytes() -> tuple[int, int]:
     """Bytes that published artifacts stand for, and bytes that they take."""
     before = after = 0

@@ -27,6 +27,7 @@ from dashboard.pictures import (
     memory_picture,
     pareto_picture,
     sharing_picture,
+    training_picture,
 )
 from dashboard.selectors import (
     approvals,
@@ -38,6 +39,7 @@ from dashboard.selectors import (
     registry,
     storage,
     studies,
+    trainings,
 )
 from dashboard.selectors.comparisons import comparisons
 from dashboard.services.registry import artifact_retire, checkpoint_import
@@ -119,6 +121,7 @@ def artifact_detail(request: SignedInRequest, pk: int) -> HttpResponse:
 
 def _artifact_page(request: SignedInRequest, artifact: Artifact, form: RetireForm, status: int = 200) -> HttpResponse:
     matrices = registry.matrices(artifact.figures)
+    training = trainings.training(artifact.figures)
     rows = list(artifact.evaluations.select_related("text_set", "choice_set", "job").order_by("-created_at"))
     rules = evaluations.policy_rules()
     context = {
@@ -127,9 +130,9 @@ def _artifact_page(request: SignedInRequest, artifact: Artifact, form: RetireFor
         "heatmap": heatmap_picture(matrices),
         "coding": coding_picture(matrices),
         "proxy": heatmap_picture(registry.proxy_losses(artifact.figures), Measure.PROXY),
-        "curve": curve_picture(registry.distillation_losses(artifact.figures)),
-        "training": curve_picture(registry.training_losses(artifact.figures), is_distillation=False),
-        "heldout": heldout_picture(registry.heldout_curve(artifact.figures)),
+        "curve": curve_picture(trainings.distillation_losses(artifact.figures)),
+        "training": training_picture(training),
+        "heldout": heldout_picture(training.held_out),
         "sharing": sharing_picture(artifact.figures.get("sharing") or {}),
         "memory": memory_picture(artifact.figures.get("training") or {}),
         "evaluations": rows,
