@@ -16,6 +16,7 @@ from dashboard.lifecycle import ACTIVE_JOB_STATES, ArtifactState, JobKind, JobSt
 from dashboard.models import Artifact, Checkpoint, Environment, Evaluation, Job
 from dashboard.pictures import Matrix, Node
 from dashboard.pictures.matrices import from_figures
+from dashboard.selectors.sharing import sharing_words
 
 QUALITIES = ("perplexity", "choice_accuracy", "kl_divergence")
 """Which metric the table of artifacts shows: the first of these that was measured."""
@@ -73,6 +74,11 @@ class ArtifactRow:
     @property
     def evaluation(self) -> Evaluation | None:
         return self.evaluations[0] if self.evaluations else None
+
+    @property
+    def about(self) -> str:
+        """What tells it from others of its method, where its name does not."""
+        return sharing_words(self.artifact)
 
     @property
     def metric(self) -> Mapping[str, Any] | None:
