@@ -234,6 +234,92 @@ def standalone_figures(bits: float = 4.16) -> dict[str, Any]:
     }
 
 
+def sharing_figures(blocks: int = 8) -> dict[str, Any]:
+    """What a method tells whose blocks use the weights of others: 3 and 4 those of 2, 6 those of 5."""
+    followers = {3: 2, 4: 2, 6: 5}
+    matrices = []
+    for block in range(blocks):
+        for kind, size in (("self_attn.q_proj", 8_000), ("mlp.up_proj", 32_000)):
+            line = {"name": f"model.layers.{block}.{kind}.weight", "coding": "whole", "bytes": size}
+            if block in followers and kind.startswith("mlp"):
+                anchor = f"model.layers.{followers[block]}.{kind}.weight"
+                line |= {"coding": f"rank 4 on '{anchor}'", "bytes": 2_000}
+            matrices.append(line | {"relative_error": 0.0 if line["coding"] == "whole" else 0.4})
+    return {
+        "linears": {"bits_per_weight": 11.2, "true_ratio": 1.3},
+        "matrices": matrices,
+        "sharing": {
+            "groups": {"2": [3, 4], "5": [6]},
+            "form": "low_rank",
+            "blocks": blocks,
+            "rank": 4,
+            "rounds": sharing_rounds(),
+            "kl_before_training": 0.025,
+            "parameters": {"before": 332_864, "after": 266_048, "reduction": 0.200731},
+            "operations": {"before": 626_688, "after": 640_512},
+        },
+        "training": {
+            "tokens": 256,
+            "losses": [0.006, -2e-08, 0.0155, 0.0243],
+            "curve": [
+                {"tokens": 0, "phase": "base", "kl": 0.0045, "ce": 6.17},
+                {"tokens": 0, "phase": "start", "kl": 0.025, "ce": 6.18},
+                {"tokens": 128, "phase": "train", "kl": 0.021, "ce": 6.18},
+                {"tokens": 256, "phase": "train", "kl": 0.019, "ce": 6.18},
+            ],
+            "probabilities": [0.3, 0.65, 1.0, 1.0],
+        },
+    }
+
+
+def sharing_rounds() -> list[dict[str, Any]]:
+    """Two rounds of choosing; block 1 is measured again, and in the second round its divergence is no number."""
+    return [
+        {"kl": {"1": [0, 0.058], "3": [2, 0.006], "4": [3, 0.0094], "6": [5, 0.0008]}, "chosen": [6, 3]},
+        {"kl": {"1": [0, None], "4": [2, 0.025]}, "chosen": [4]},
+    ]
+
+
+def make_choice(job: Job, *, index: int, rounds: int, final: bool = False) -> Step:
+    """A finished round of choosing which blocks share, the ``rounds``-th of two."""
+    groups = {"3": 2, "6": 5} | ({"4": 2} if rounds == 2 else {})
+    return Step.objects.create(
+        job=job,
+        index=index,
+        name=f"choose followers, round {rounds} of 2",
+        group="choose",
+        kind="deltallm.choose",
+        state=StepState.DONE,
+        params={
+            "by_hand": {},
+            "blocks": 8,
+            "protect": {"protect_first": 1, "protect_last": 1},
+            "count": (2, 1)[rounds - 1],
+            "still": (3, 1)[rounds - 1],
+            "final": final,
+        },
+        data={"groups": groups, "rounds": sharing_rounds()[:rounds]} | ({"curve": [_START]} if final else {}),
+    )
+
+
+_START = {"tokens": 0, "phase": "start", "kl": 0.025, "ce": 6.18, "windows": [0.025]}
+
+
+def make_chunk(job: Job, *, index: int, chunks: int, kind: str = "deltallm.train") -> Step:
+    """A finished part of a training of 40 steps, 10 in each part: it tells of all parts so far."""
+    curve = [{"tokens": 640 * n, "phase": "train", "kl": 0.025 / n, "ce": 6.1} for n in range(1, chunks + 1)]
+    return Step.objects.create(
+        job=job,
+        index=index,
+        name=f"train, steps {10 * chunks - 9} to {10 * chunks}",
+        group="train",
+        kind=kind,
+        state=StepState.DONE,
+        params={"total": 40, "config": {"replacement": "progressive"} if kind.startswith("deltallm") else {}},
+        data={"curve": [_START, *curve], "losses": [1 / (n + 2) for n in range(10 * chunks)]},
+    )
+
+
 def make_study(
     variant: Checkpoint, ways: Sequence[tuple[str, int | None]] = (("bitdelta", None),), **fields: Any
 ) -> Study:

@@ -17,8 +17,11 @@ from dashboard.pictures.svg import Picture, cut, drawing, rect, text, width_of
 TONES = 8
 SIGNS = {
     "tensor": "T", "row": "R", "column": "C", "group": "G", "masks": "M", "rank": "r", "raw": "=", "dropped": "×",
-    "sign": "S", "bits": "b", "groups": "g", "whole": "", "rows": "w",
+    "sign": "S", "signs": "S", "bits": "b", "groups": "g", "whole": "", "rows": "w",
+    "on": "@", "block": "", "tuned": "t",
 }  # fmt: skip
+AS_IT_WAS = "whole"
+"""The coding of a matrix that is stored as it came, beside others that are not."""
 LONGEST_SIGN = 9
 MIXED = "…"
 
@@ -35,9 +38,7 @@ def coding_picture(matrices: Sequence[Matrix]) -> Picture | None:
     ordered = sorted(by_coding, key=lambda coding: (-len(by_coding[coding]), coding))
     signs = sign_table(ordered)
     layout = Layout.of(shown, cell=max(width_of(sign, 10) for sign in signs.values()) + 8)
-    title = _("Most matrices are stored by %(coding)s: %(count)s of %(total)s") % {
-        "coding": ordered[0], "count": len(by_coding[ordered[0]]), "total": len(known),
-    }  # fmt: skip
+    title = _finding(ordered[0], len(by_coding[ordered[0]]), len(known))
     shapes = layout.frame()
     for cell in shown.in_order():
         shapes += _cell(cell, *layout.at(cell), layout.cell, ordered, signs)
@@ -57,15 +58,21 @@ def coding_picture(matrices: Sequence[Matrix]) -> Picture | None:
     )
 
 
+def _finding(coding: str, count: int, total: int) -> str:
+    words = {"coding": coding, "count": count, "total": total}
+    if coding == AS_IT_WAS:
+        return _("Most matrices are stored as they were: %(count)s of %(total)s") % words
+    return _("Most matrices are stored by %(coding)s: %(count)s of %(total)s") % words
+
+
 def sign_table(codings: Sequence[str]) -> dict[str, str]:
     """A short sign for each coding, no two the same: ``2 masks`` -> ``2M``, ``4 bits, 3 groups`` -> ``4b3g``."""
     signs: dict[str, str] = {}
     for coding in codings:
         pieces = re.findall(r"\d+|[^\W\d]+", coding)
-        sign = (
-            "".join(SIGNS.get(piece, piece if piece.isdecimal() else piece[:2]) for piece in pieces)[:LONGEST_SIGN]
-            or "?"
-        )
+        sign = "".join(SIGNS.get(piece, piece if piece.isdecimal() else piece[:2]) for piece in pieces)[
+            :LONGEST_SIGN
+        ] or (SIGNS["raw"] if coding == AS_IT_WAS else "?")
         while sign in signs.values():
             sign += "'"
         signs[coding] = sign

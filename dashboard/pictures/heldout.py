@@ -50,7 +50,8 @@ def _phase(name: str) -> str:
     """What had been done when a point was measured."""
     known = {
         "base": _("nothing: the packed base alone"),
-        "start": _("the beginning of the adapters"),
+        "start": _("what training begins with"),
+        "train": _("training"),
         "lrec": _("error correction"),
         "emef": _("task tuning"),
     }

@@ -15,6 +15,8 @@ from django.utils.translation import gettext as _
 from dashboard.pictures.svg import text, width_of
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.(.+)$")
+ANCHOR = re.compile(r"\bon '([^']+)'$")
+"""How a coding names the matrix whose weight is used."""
 ORDER = (
     "q", "k", "v", "qkv", "query_key_value", "c_attn", "W_pack", "o", "out", "dense", "attn.c_proj",
     "gate", "w1", "up", "w3", "gate_up", "c_fc", "fc1", "down", "w2", "mlp.c_proj", "fc2",
@@ -215,9 +217,23 @@ def from_figures(entries: Sequence[Mapping[str, object]], measure: str = "relati
 
 
 def _coding(entry: Mapping[str, object]) -> str:
-    """How a line says that its matrix is stored: in a word, or by its bits alone."""
+    """How a line says that its matrix is stored: in a word, or by its bits alone.
+
+    Of a matrix that uses another's weight only the other's block is named: its kind is the same.
+    """
     bits = _number(entry.get("bits"))
-    return str(entry.get("coding") or (_("%(bits)s bits") % {"bits": f"{bits:g}"} if bits else ""))
+    words = str(entry.get("coding") or (_("%(bits)s bits") % {"bits": f"{bits:g}"} if bits else ""))
+    return ANCHOR.sub(_block_of, words)
+
+
+def stands_on(coding: str) -> bool:
+    """Whether a matrix that is stored so uses another's weight."""
+    return ANCHOR.search(coding) is not None
+
+
+def _block_of(quoted: re.Match[str]) -> str:
+    where = place(quoted[1])
+    return f"on block {where.block}" if where else quoted[0]
 
 
 def _number(value: object) -> float | None:

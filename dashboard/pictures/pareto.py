@@ -24,7 +24,10 @@ MOST_LABELS = 12
 
 @dataclass(frozen=True)
 class Point:
-    """One way to serve a variant. ``family`` gives shape and colour; without ``href`` it is the variant itself."""
+    """One way to serve a variant. ``family`` gives shape and colour; without ``href`` it is the variant itself.
+
+    ``about`` tells it from others of its family, in a few words.
+    """
 
     label: str
     family: str
@@ -33,6 +36,11 @@ class Point:
     low: float
     high: float
     href: str = ""
+    about: str = ""
+
+    @property
+    def kind(self) -> str:
+        return " · ".join(filter(None, (self.family, self.about)))
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ def _sound(point: Point) -> Point:
 def _row(point: Point, quality: Quality, full: Point | None, is_beaten: bool) -> tuple[object, ...]:
     return (
         link(point.href, point.label) if point.href else point.label,
-        point.family,
+        point.kind,
         whole(point.size_bytes),
         ratio_words(full.size_bytes / point.size_bytes) if full else "–",
         quality.words(point.value, 4),
@@ -211,7 +219,7 @@ def _mark(
 ) -> list[object]:
     x, y = scale.x(point.size_bytes), scale.y(point.value)
     tone = "muted" if is_beaten else f"family-{family}"
-    hover = f"{point.label} · {point.family} · {byte_words(point.size_bytes)}"
+    hover = f"{point.label} · {point.kind} · {byte_words(point.size_bytes)}"
     hover += f" · {ratio_words(full.size_bytes / point.size_bytes)}" if full and point is not full else ""
     hover += (
         f" · {quality.label} {quality.words(point.value)} ({quality.words(point.low)} … {quality.words(point.high)})"

@@ -102,10 +102,13 @@ def _point(one: _Measured) -> Point:
         artifact.artifact_bytes,
         one.metric["values"]["compressed"],
         reverse("artifact-detail", args=[artifact.pk]),
+        one.row.about,
     )
 
 
-def _drawn(label: str, family: str, size_bytes: int, value: Mapping[str, Any], href: str = "") -> Point:
+def _drawn(
+    label: str, family: str, size_bytes: int, value: Mapping[str, Any], href: str = "", about: str = ""
+) -> Point:
     middle = float(value["value"])
     low, high = value.get("low"), value.get("high")
     return Point(
@@ -116,4 +119,5 @@ def _drawn(label: str, family: str, size_bytes: int, value: Mapping[str, Any], h
         low=middle if low is None else float(low),
         high=middle if high is None else float(high),
         href=href,
+        about=about,
     )

@@ -293,9 +293,3 @@ def _line_error(line: Mapping[str, Any]) -> float | None:
         elements = line["linear"]["outputs"] * line["linear"]["inputs"]
         return math.sqrt(max(0.0, 1.0 - line["sum_abs"] ** 2 / (elements * squares)))
     return math.sqrt(max(0.0, line["error"] / squares)) if "error" in line else None
-
-
-def losses_so_far(steps: Sequence[Step]) -> list[float]:
-    """The distillation's loss curve, from the latest finished part of it."""
-    curves = [step.data["curve"]["losses"] for step in steps if step.state == StepState.DONE and "curve" in step.data]
-    return [float(loss) for loss in max(curves, key=len)] if curves else []

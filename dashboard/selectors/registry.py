@@ -16,6 +16,7 @@ from dashboard.lifecycle import ACTIVE_JOB_STATES, ArtifactState, JobKind, JobSt
 from dashboard.models import Artifact, Checkpoint, Environment, Evaluation, Job
 from dashboard.pictures import Matrix, Node
 from dashboard.pictures.matrices import from_figures
+from dashboard.selectors.sharing import sharing_words
 
 QUALITIES = ("perplexity", "choice_accuracy", "kl_divergence")
 """Which metric the table of artifacts shows: the first of these that was measured."""
@@ -73,6 +74,11 @@ class ArtifactRow:
     @property
     def evaluation(self) -> Evaluation | None:
         return self.evaluations[0] if self.evaluations else None
+
+    @property
+    def about(self) -> str:
+        """What tells it from others of its method, where its name does not."""
+        return sharing_words(self.artifact)
 
     @property
     def metric(self) -> Mapping[str, Any] | None:
@@ -185,21 +191,6 @@ def matrices(figures: Mapping[str, Any]) -> list[Matrix]:
 def proxy_losses(figures: Mapping[str, Any]) -> list[Matrix]:
     """Each matrix with its relative proxy loss, where the method measured one; others say nothing."""
     return from_figures(figures.get("matrices") or [], "proxy_loss")
-
-
-def training_losses(figures: Mapping[str, Any]) -> list[float]:
-    """The losses of a training that belongs to the method; empty without one."""
-    return [float(loss) for loss in (figures.get("training") or {}).get("losses") or []]
-
-
-def heldout_curve(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What such a training came to on text that it did not learn from; empty without one."""
-    return list((figures.get("training") or {}).get("curve") or [])
-
-
-def distillation_losses(figures: Mapping[str, Any]) -> list[float]:
-    """The loss before each training step of the distillation; empty without one."""
-    return [float(loss) for loss in (figures.get("distillation") or {}).get("losses") or []]
 
 
 def saved_bytes() -> tuple[int, int]:

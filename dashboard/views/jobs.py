@@ -19,6 +19,7 @@ from dashboard.models import Job, Priority
 from dashboard.permissions import rule
 from dashboard.pictures import (
     Measure,
+    candidates_picture,
     coding_picture,
     curve_picture,
     heatmap_picture,
@@ -27,8 +28,9 @@ from dashboard.pictures import (
     memory_picture,
     sharing_picture,
     timeline_picture,
+    training_picture,
 )
-from dashboard.selectors import jobs, outcomes, promises, registry, sizes, studies, waiting
+from dashboard.selectors import jobs, outcomes, promises, registry, sharing, sizes, studies, trainings, waiting
 from dashboard.services.jobs import compression_create, job_cancel, job_reprioritise, job_retry
 from dashboard.views.answers import SignedInRequest, attempt, found, live, wants_region
 from dashboard.views.previews import original_job, preview
@@ -124,6 +126,9 @@ def job_detail(request: HttpRequest, pk: int) -> HttpResponse:
         progress = jobs.job_progress(job, steps)
         made = registry.artifact_of_job(job) if job.state == JobState.SUCCEEDED else None
         matrices = registry.matrices(made.figures) if made else jobs.matrices_so_far(steps)
+        training = trainings.training(made.figures) if made else trainings.training_so_far(steps)
+        shared = sharing.sharing_of(made) if made else sharing.sharing_so_far(steps)
+        rounds = sharing.rounds_of(made) if made else sharing.rounds_so_far(steps)
         return {
             "job": job,
             "steps": steps,
@@ -135,10 +140,12 @@ def job_detail(request: HttpRequest, pk: int) -> HttpResponse:
             "proxy": heatmap_picture(
                 registry.proxy_losses(made.figures) if made else jobs.proxies_so_far(steps), Measure.PROXY
             ),
-            "curve": curve_picture(jobs.losses_so_far(steps)),
-            "training": curve_picture(registry.training_losses(made.figures), is_distillation=False) if made else None,
-            "heldout": heldout_picture(registry.heldout_curve(made.figures)) if made else None,
-            "sharing": sharing_picture(made.figures.get("sharing") or {}) if made else None,
+            "sharing": sharing_picture(shared),
+            "candidates": candidates_picture(rounds, shared.blocks) if shared else None,
+            "savings": sharing.savings(made) if made else [],
+            "curve": curve_picture(trainings.losses_so_far(steps)),
+            "training": training_picture(training),
+            "heldout": heldout_picture(training.held_out),
             "memory": memory_picture(made.figures.get("training") or {}) if made else None,
             "study": studies.study_of(job),
             "log": jobs.log_tail(job),

@@ -18,6 +18,7 @@ from dashboard.models import Artifact
 from dashboard.permissions import rule
 from dashboard.pictures import (
     Measure,
+    candidates_picture,
     coding_picture,
     curve_picture,
     heatmap_picture,
@@ -27,6 +28,7 @@ from dashboard.pictures import (
     memory_picture,
     pareto_picture,
     sharing_picture,
+    training_picture,
 )
 from dashboard.selectors import (
     approvals,
@@ -36,8 +38,10 @@ from dashboard.selectors import (
     memo,
     outcomes,
     registry,
+    sharing,
     storage,
     studies,
+    trainings,
 )
 from dashboard.selectors.comparisons import comparisons
 from dashboard.services.registry import artifact_retire, checkpoint_import
@@ -118,19 +122,23 @@ def artifact_detail(request: SignedInRequest, pk: int) -> HttpResponse:
 
 
 def _artifact_page(request: SignedInRequest, artifact: Artifact, form: RetireForm, status: int = 200) -> HttpResponse:
-    matrices = registry.matrices(artifact.figures)
+    matrices, shared = registry.matrices(artifact.figures), sharing.sharing_of(artifact)
+    training = trainings.training(artifact.figures)
     rows = list(artifact.evaluations.select_related("text_set", "choice_set", "job").order_by("-created_at"))
     rules = evaluations.policy_rules()
     context = {
         "artifact": artifact,
+        "about": sharing.sharing_words(artifact),
         "ledger": ledger_picture(artifact.ledger, artifact.source_bytes),
         "heatmap": heatmap_picture(matrices),
         "coding": coding_picture(matrices),
         "proxy": heatmap_picture(registry.proxy_losses(artifact.figures), Measure.PROXY),
-        "curve": curve_picture(registry.distillation_losses(artifact.figures)),
-        "training": curve_picture(registry.training_losses(artifact.figures), is_distillation=False),
-        "heldout": heldout_picture(registry.heldout_curve(artifact.figures)),
-        "sharing": sharing_picture(artifact.figures.get("sharing") or {}),
+        "sharing": sharing_picture(shared),
+        "candidates": candidates_picture(sharing.rounds_of(artifact), shared.blocks) if shared else None,
+        "savings": sharing.savings(artifact),
+        "curve": curve_picture(trainings.distillation_losses(artifact.figures)),
+        "training": training_picture(training),
+        "heldout": heldout_picture(training.held_out),
         "memory": memory_picture(artifact.figures.get("training") or {}),
         "evaluations": rows,
         "settings": outcomes.artifact_settings(artifact),

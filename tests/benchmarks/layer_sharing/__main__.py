@@ -122,7 +122,7 @@ class Contest:
         self.trainable = 0
 
     def lines(self) -> Iterator[Line]:
-        """At each reduction ours first, whose trained parameters set the size of the peers' adapters."""
+        """At each reduction ours first, whose trained parameters are how many a peer's adapters have there."""
         for reduction in map(float, self.args.reductions.split(",")):
             for row in making.listed(self.args.rows, ()):
                 yield from self._kept(f"{row.name}, {reduction:.0%}", partial(self._ours, row, reduction), True)
@@ -155,8 +155,9 @@ class Contest:
         making.make(row, args.model, args.text, out)
         artifact = Artifact.open_folder(out)
         model = load_artifact(None, artifact, "cpu", torch.float32)
-        counts = artifact.manifest["figures"]["parameters"]
-        self.trainable = self.trainable or counts["trained"]
+        counts = artifact.manifest["figures"]["sharing"]["parameters"]
+        shared = [line for line in artifact.manifest["tensors"].values() if line["kind"] == "shared"]
+        self.trainable = sum(line["rank"] * sum(line["shape"]) for line in shared if "rank" in line) or self.trainable
         size = artifact.summary()["artifact_bytes"]
         return self._measured(row.name, reduction, model, counts["after"], size, peer=False, compared=row.bits == 16)
 

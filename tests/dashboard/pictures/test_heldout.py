@@ -28,7 +28,7 @@ def test_each_point_stands_at_its_tokens_and_the_table_says_what_had_been_done()
     assert heights[0] < heights[1] < heights[3] < heights[2], "up is a larger divergence"
     assert hover(marks[2]) == "after error correction, 4,096 tokens: KL 0.2500"
     assert picture.rows[0] == ("nothing: the packed base alone", "0", "0.8000", "3.100")
-    assert [row[0] for row in picture.rows[1:]] == ["the beginning of the adapters", "error correction", "task tuning"]
+    assert [row[0] for row in picture.rows[1:]] == ["what training begins with", "error correction", "task tuning"]
     assert inside(picture)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dashboard.pictures import Measure, curve_picture, heatmap_picture, memory_picture
+from dashboard.pictures import Measure, heatmap_picture, memory_picture
 from dashboard.pictures.matrices import from_figures
 from tests.dashboard.pictures.shapes import inside, number, shapes
 from tests.factories import standalone_figures
@@ -64,9 +64,3 @@ def test_proxy_losses_are_a_heatmap_of_their_own() -> None:
     edges = [one.text for one in shapes(picture, "text", "tick")][-8:]
     assert len(set(edges)) == 8, "the scale of colours tells its levels apart"
     assert heatmap_picture(from_figures([{"name": "a", "relative_error": 0.1}], "proxy_loss"), Measure.PROXY) is None
-
-
-def test_a_training_is_not_called_a_distillation() -> None:
-    picture = curve_picture([1.0, 0.5], is_distillation=False)
-    assert picture is not None
-    assert picture.title == "Training: the loss goes from 1.00 to 0.500 in 2 steps"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from compression_worker.store import Store
 from dashboard.execution import Execution
 from dashboard.lifecycle import ApprovalState, ArtifactState, DamageKind, JobKind, JobState, Refused, Role
 from dashboard.models import Approval, Artifact, Checkpoint, Damage, Environment, Evaluation, Job, Step
+from dashboard.selectors.jobs import job_steps
+from dashboard.selectors.sharing import rounds_of, rounds_so_far, savings, sharing_of, sharing_so_far, sharing_words
 from dashboard.selectors.storage import damages_of_artifact
+from dashboard.selectors.trainings import training, training_so_far
 from dashboard.services import adoption, storage_marks
 from dashboard.services.escrows import escrow_release
 from dashboard.services.evaluations import evaluation_create, sample_set_create
@@ -96,6 +100,44 @@ def compressed(worker: Execution, name: str) -> Artifact:
     job.refresh_from_db()
     assert job.state == JobState.SUCCEEDED, job.error
     return Artifact.objects.get(job=job)
+
+
+LEARNING: dict[str, Any] = {
+    **{"followers": 1, "rank": 4, "protect_first": 0, "protect_last": 0, "window_tokens": 16, "held_out": 2},
+    **{"measure_windows": 2, "teacher_logits": 16, "tokens": 128, "batch_size": 2, "chunk_tokens": 64},
+}
+"""One block of two follows, and learns in two parts of two steps."""
+
+
+def test_what_pages_draw_of_sharing_is_what_the_steps_and_the_artifact_really_tell(real_worker: Execution) -> None:
+    text = sample_set_create(actor=person(Role.ENGINEER), name="shared", kind="text", data=TEXT)
+    job = compression_create(
+        actor=person(Role.ENGINEER),
+        method="deltallm",
+        variant=Checkpoint.objects.get(name="base"),
+        config=LEARNING,
+        calibration=text,
+    )
+    real_worker.run_all()
+    job.refresh_from_db()
+    assert job.state == JobState.SUCCEEDED, job.error
+    artifact, steps = Artifact.objects.get(job=job), job_steps(job)
+    shared, so_far = sharing_of(artifact), sharing_so_far(steps)
+    assert shared is not None
+    assert so_far is not None
+    assert so_far == replace(shared, fewer=None)
+    assert (shared.blocks, shared.groups) == (2, {1: 0})
+    assert rounds_of(artifact) == rounds_so_far(steps)
+    assert [sorted(one.chosen) for one in rounds_of(artifact)] == [[1]]
+    trained, learned = training(artifact.figures), training_so_far(steps)
+    assert (learned.losses, learned.total) == (trained.losses, 4)
+    assert [(one["tokens"], one["kl"]) for one in learned.held_out] == [
+        (one["tokens"], one["kl"]) for one in trained.held_out
+    ]
+    assert [one["tokens"] for one in trained.held_out] == [0, 64, 128]
+    assert len(savings(artifact)) == 2
+    assert "less in the store" in savings(artifact)[0]
+    assert sharing_words(artifact) == "1 follower, rank 4"
 
 
 def evaluated(worker: Execution, artifact: Artifact) -> Evaluation:

@@ -1,0 +1,160 @@
+"""Blocks that use another's weights, as pages show them: while they are chosen, and of the artifact that came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from django.utils.translation import gettext as _
+from django.utils.translation import ngettext
+
+from dashboard.formats import byte_words, percent_words, whole
+from dashboard.lifecycle import StepState
+from dashboard.models import Artifact, Step
+from dashboard.pictures import Candidate, Round, Sharing
+from dashboard.pictures.matrices import Place, place, stands_on
+
+
+def sharing_of(artifact: Artifact) -> Sharing | None:
+    """None where the artifact's method shares nothing."""
+    told = artifact.figures.get("sharing")
+    if not told:
+        return None
+    blocks = told["blocks"]
+    return Sharing(
+        blocks=blocks,
+        groups=_followers(told["groups"]),
+        protected=_protected(blocks, artifact.config, by_hand=bool(str(artifact.config.get("groups") or "").strip())),
+        fewer=(told.get("parameters") or {}).get("reduction"),
+    )
+
+
+def sharing_so_far(steps: Sequence[Step]) -> Sharing | None:
+    """As the latest finished round of choosing left it."""
+    step = _latest_round(steps)
+    if step is None:
+        return None
+    params = step.params
+    groups = {int(follower): anchor for follower, anchor in step.data["groups"].items()}
+    return Sharing(
+        blocks=params["blocks"],
+        groups=groups,
+        protected=_protected(params["blocks"], params["protect"], by_hand=bool(params["by_hand"])),
+        still=0 if params["final"] else params["still"] - params["count"],
+    )
+
+
+def rounds_of(artifact: Artifact) -> list[Round]:
+    return _rounds((artifact.figures.get("sharing") or {}).get("rounds") or [])
+
+
+def rounds_so_far(steps: Sequence[Step]) -> list[Round]:
+    step = _latest_round(steps)
+    return _rounds(step.data["rounds"]) if step else []
+
+
+def savings(artifact: Artifact) -> list[str]:
+    """What sharing saves, and what it does not, in a sentence each."""
+    told = artifact.figures.get("sharing") or {}
+    found = []
+    if parameters := told.get("parameters"):
+        found.append(_saved(parameters, _bytes_saved(artifact.figures)))
+    if operations := told.get("operations"):
+        found.append(_not_saved(operations))
+    return found
+
+
+def sharing_words(artifact: Artifact) -> str:
+    """An artifact in brief, beside others of its kind: ``6 followers, rank 61, 4-bit anchors``."""
+    told = artifact.figures.get("sharing")
+    if not told:
+        return ""
+    count = len(_followers(told["groups"]))
+    words = [
+        ngettext("%(count)s follower", "%(count)s followers", count) % {"count": whole(count)},
+        _("rank %(rank)s") % {"rank": told["rank"]} if told["rank"] else _("signs"),
+    ]
+    if artifact.config.get("base_method", "none") != "none":
+        words.append(_("%(bits)s-bit anchors") % {"bits": artifact.config["num_bits"]})
+    return ", ".join(words)
+
+
+def _latest_round(steps: Iterable[Step]) -> Step | None:
+    done = [step for step in steps if step.kind == "deltallm.choose" and step.state == StepState.DONE]
+    return max(done, key=lambda step: step.index, default=None)
+
+
+def _rounds(told: Iterable[Mapping[str, Any]]) -> list[Round]:
+    return [
+        Round(
+            found={
+                int(block): Candidate(anchor, math.nan if kl is None else float(kl))
+                for block, (anchor, kl) in one["kl"].items()
+            },
+            chosen=frozenset(one["chosen"]),
+        )
+        for one in told
+    ]
+
+
+def _followers(groups: Mapping[str, Sequence[int]]) -> dict[int, int]:
+    """Follower -> anchor, out of anchor -> followers."""
+    return {follower: int(anchor) for anchor, followers in groups.items() for follower in followers}
+
+
+def _protected(blocks: int, config: Mapping[str, Any], *, by_hand: bool) -> frozenset[int]:
+    """Those that may not be chosen as followers; groups that are given by hand protect nothing."""
+    if by_hand:
+        return frozenset()
+    first, last = int(config.get("protect_first") or 0), int(config.get("protect_last") or 0)
+    return frozenset(range(min(first, blocks))) | frozenset(range(max(0, blocks - last), blocks))
+
+
+def _bytes_saved(figures: Mapping[str, Any]) -> int | None:
+    """What the followers would weigh if they were stored as their anchors are, less what their differences weigh."""
+    sizes: dict[Place, int] = {}
+    shared: list[Place] = []
+    for line in figures.get("matrices") or []:
+        where = place(str(line["name"]))
+        if where is None or not isinstance(line.get("bytes"), int):
+            continue
+        sizes[where] = line["bytes"]
+        if stands_on(str(line.get("coding") or "")):
+            shared.append(where)
+    groups = _followers(figures["sharing"]["groups"])
+    anchors = [Place(groups[one.block], one.path, one.expert) if one.block in groups else None for one in shared]
+    if not shared or any(anchor not in sizes for anchor in anchors):
+        return None
+    return sum(sizes[anchor] - sizes[one] for one, anchor in zip(shared, anchors, strict=True) if anchor)
+
+
+def _saved(parameters: Mapping[str, Any], size: int | None) -> str:
+    before, after = parameters["before"], parameters["after"]
+    words = {
+        "before": whole(before),
+        "after": whole(after),
+        "share": percent_words(parameters["reduction"]),
+        "bytes": byte_words(size),
+    }
+    if size is None:
+        return _("Sharing saves parameters: %(after)s are left of %(before)s (%(share)s fewer).") % words
+    return (
+        _(
+            "Sharing saves parameters, bytes and memory: %(after)s parameters are left of %(before)s (%(share)s "
+            "fewer), which is %(bytes)s less in the store, and each anchor's weights lie in memory once."
+        )
+        % words
+    )
+
+
+def _not_saved(operations: Mapping[str, Any]) -> str:
+    before, after = operations["before"], operations["after"]
+    words = {"before": whole(before), "after": whole(after), "share": percent_words(after / before - 1)}
+    return (
+        _(
+            "It saves neither arithmetic nor time: products with weights take %(after)s operations for each token, "
+            "where they took %(before)s (%(share)s more)."
+        )
+        % words
+    )

@@ -1,0 +1,165 @@
+"""Pages of blocks that share: of the artifact, of its job while it chooses, of its variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import unescape
+from types import SimpleNamespace
+
+import pytest
+from django.test import Client
+from django.urls import reverse
+
+from dashboard.lifecycle import JobState, Role, StepState
+from dashboard.models import Artifact, Job
+from dashboard.selectors.jobs import job_steps
+from dashboard.selectors.sharing import rounds_so_far, savings, sharing_of, sharing_so_far, sharing_words
+from tests.dashboard.views.pages import inline_code
+from tests.factories import make_artifact, make_choice, make_evaluation, make_job, sharing_figures
+
+ClientAs = Callable[[Role], Client]
+CONFIG = {"groups": "", "protect_first": 1, "protect_last": 1, "base_method": "none", "num_bits": 4}
+
+
+def page(client: Client, route: str, *key: object) -> str:
+    return " ".join(unescape(client.get(reverse(route, args=key)).content.decode()).split())
+
+
+@pytest.fixture
+def client(client_as: ClientAs) -> Client:
+    return client_as(Role.ENGINEER)
+
+
+@pytest.fixture
+def shared(world: SimpleNamespace) -> Artifact:
+    return make_artifact(
+        world.base, alone=True, method="deltallm", name=f"{world.base.name}-deltallm-3shared-r4", config=CONFIG,
+        figures=sharing_figures(),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def running(world: SimpleNamespace) -> Job:
+    return make_job(state=JobState.RUNNING, created_by=world.engineer, method="deltallm", variant=world.base)
+
+
+SAVED = (
+    "Sharing saves parameters, bytes and memory: 266,048 parameters are left of 332,864 (20.1 % fewer), which is "
+    "90.0 kB less in the store, and each anchor's weights lie in memory once."
+)
+NOT_SAVED = (
+    "It saves neither arithmetic nor time: products with weights take 640,512 operations for each token, where they "
+    "took 626,688 (2.2 % more)."
+)
+
+
+def test_an_artifact_shows_who_shares_what_it_saves_and_what_it_does_not(shared: Artifact, client: Client) -> None:
+    html = client.get(reverse("artifact-detail", args=[shared.pk])).content.decode()
+    assert inline_code(html) == []
+    shown = " ".join(unescape(html).split())
+    assert SAVED in shown
+    assert NOT_SAVED in shown
+    assert "3 of 8 blocks use another's weights; 20.1 % fewer parameters" in shown
+    assert 'id="data-sharing"' in shown
+    assert 'id="data-candidates"' in shown
+    assert "3 followers, rank 4" in shown
+    assert "On held-out text KL falls from 0.0250 to 0.0190 nats over 256 tokens" in shown
+
+
+def test_its_job_shows_the_same(shared: Artifact, client: Client) -> None:
+    shown = page(client, "job-detail", shared.job_id)
+    assert SAVED in shown
+    assert NOT_SAVED in shown
+    assert 'id="data-sharing"' in shown
+
+
+def test_others_share_nothing(world: SimpleNamespace, client: Client) -> None:
+    shown = page(client, "artifact-detail", world.artifact.pk)
+    assert "another's weights" not in shown
+    assert "neither arithmetic nor time" not in shown
+    assert sharing_of(world.artifact) is None
+    assert sharing_words(world.artifact) == ""
+
+
+def test_a_running_job_shows_its_blocks_as_they_are_chosen(running: Job, client: Client) -> None:
+    assert 'id="data-sharing"' not in page(client, "job-detail", running.pk)
+    make_choice(running, index=0, rounds=1)
+    begun = page(client, "job-detail", running.pk)
+    assert "2 of 8 blocks use another's weights; 1 more is still to be chosen" in begun
+    assert 'id="data-candidates"' in begun
+    make_choice(running, index=1, rounds=2, final=True)
+    chosen = page(client, "job-detail", running.pk)
+    assert "3 of 8 blocks use another's weights" in chosen
+    assert "to be chosen" not in chosen
+    sharing = sharing_so_far(job_steps(running))
+    assert sharing is not None
+    assert (sharing.groups, sharing.protected, sharing.still) == ({3: 2, 4: 2, 6: 5}, {0, 7}, 0)
+    assert [sorted(one.chosen) for one in rounds_so_far(job_steps(running))] == [[3, 6], [4]]
+
+
+def test_a_round_that_is_not_finished_tells_nothing(running: Job) -> None:
+    step = make_choice(running, index=0, rounds=1)
+    step.state = StepState.RUNNING
+    step.save()
+    assert sharing_so_far(job_steps(running)) is None
+    assert rounds_so_far(job_steps(running)) == []
+
+
+def test_groups_by_hand_protect_nothing_and_were_not_measured(running: Job, client: Client) -> None:
+    step = make_choice(running, index=0, rounds=2, final=True)
+    step.params |= {"by_hand": {"3": 2}, "count": 0, "still": 3}
+    step.data |= {"rounds": []}
+    step.save()
+    sharing = sharing_so_far(job_steps(running))
+    assert sharing is not None
+    assert (sharing.protected, sharing.still) == (frozenset(), 0)
+    assert 'id="data-candidates"' not in page(client, "job-detail", running.pk)
+    artifact = make_artifact(
+        running.variant, alone=True, figures=sharing_figures(), config=CONFIG | {"groups": "2:3,4;5:6"}
+    )
+    found = sharing_of(artifact)
+    assert found is not None
+    assert (found.blocks, found.protected) == (8, frozenset())
+
+
+def test_what_is_saved_is_what_the_anchors_weights_would_weigh_again(shared: Artifact) -> None:
+    """Three followers with one shared matrix each: 32,000 bytes like the anchor's, less 2,000 of a difference."""
+    assert "90.0 kB less" in savings(shared)[0]
+    for line in shared.figures["matrices"]:
+        del line["bytes"]
+    assert savings(shared)[0] == "Sharing saves parameters: 266,048 are left of 332,864 (20.1 % fewer)."
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "3 followers, rank 4"),
+        ({"base_method": "none", "num_bits": 4}, "3 followers, rank 4"),
+        ({"base_method": "gptq", "num_bits": 4}, "3 followers, rank 4, 4-bit anchors"),
+    ],
+)
+def test_artifacts_of_one_method_are_told_apart_in_words(config: dict[str, object], words: str) -> None:
+    assert sharing_words(Artifact(figures=sharing_figures(), config=config)) == words
+
+
+def test_signs_have_no_rank() -> None:
+    figures = sharing_figures()
+    figures["sharing"] |= {"form": "sign", "rank": 0}
+    assert sharing_words(Artifact(figures=figures, config={})) == "3 followers, signs"
+
+
+def test_the_ranks_of_a_sweep_are_named_in_the_comparison_and_in_the_table(
+    world: SimpleNamespace, client: Client
+) -> None:
+    for rank, size in ((4, 900_000), (8, 950_000)):
+        figures = sharing_figures()
+        figures["sharing"]["rank"] = rank
+        made = make_artifact(
+            world.base, alone=True, method="deltallm", name=f"{world.base.name}-deltallm-3shared-r{rank}", config=CONFIG,
+            figures=figures, artifact_bytes=size,
+        )  # fmt: skip
+        make_evaluation(made, text_set=world.text, choice_set=world.choice)
+    shown = page(client, "checkpoint-detail", world.base.name)
+    for rank in (4, 8):
+        assert f"DeltaLLM · 3 followers, rank {rank}" in shown
+        assert f'<span class="small quiet">3 followers, rank {rank}</span>' in shown
