@@ -278,7 +278,7 @@ def assemble_step(context: StepContext) -> StepOutput:
         blobs={**blobs, layout.DELTAS_FILE: deltas.digest},
         figures=made,
         weigh=weigh,
-        name_hint=f"{METHOD}-{len(groups)}x-"
+        name_hint=f"{METHOD}-{len(groups)}shared-"
         + (f"r{context.spec.params['rank']}" if context.spec.params["rank"] else SIGN)
         + (f"-{config.num_bits}bit" if base else ""),
         nominal_ratio=made["linears"]["true_ratio"],
