@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deploy.processes import free_port, port_open, start, stop, tied, wait_for
+from deploy.processes import StartFailed, free_port, port_open, start, stop, tied, wait_for
 
 BUCKET = "deltaworks"
 
@@ -22,10 +22,7 @@ class Seaweed:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        names = ("master", "volume", "filer", "s3")
-        # Below the range from which outgoing connections take theirs: after a kill they must be free again.
-        self._ports = {name: free_port(random.randrange(11_000, 31_000)) for name in names}
-        self._grpc = {name: free_port(random.randrange(11_000, 31_000)) for name in names}
+        self._choose_ports()
         self._process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir(parents=True)
         identity = {
@@ -34,6 +31,12 @@ class Seaweed:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         (folder / "identities.json").write_text(json.dumps({"identities": [identity]}))
+
+    def _choose_ports(self) -> None:
+        names = ("master", "volume", "filer", "s3")
+        # Below the range from which outgoing connections take theirs: after a kill they must be free again.
+        self._ports = {name: free_port(random.randrange(11_000, 31_000)) for name in names}
+        self._grpc = {name: free_port(random.randrange(11_000, 31_000)) for name in names}
 
     @property
     def environment(self) -> dict[str, str]:
@@ -47,7 +50,17 @@ class Seaweed:
         }
 
     def start(self) -> None:
-        """Start the server and wait until it takes and gives objects."""
+        """Start the server and wait until it takes and gives objects.
+
+        Another process may take a port before the server does: then it starts once more, on other ports.
+        """
+        try:
+            self._start()
+        except StartFailed:
+            self._choose_ports()
+            self._start()
+
+    def _start(self) -> None:
         log = self._folder / "server.log"
         self._process = start(tied(self._command()), log=log)
         wait_for(lambda: port_open(self._ports["s3"]), self._process, what="SeaweedFS", log=log, seconds=60)
