@@ -95,6 +95,7 @@ def job_create(request: SignedInRequest, method: str) -> HttpResponse:
         "marks": marks,
         "sections": form.sections(marks),
         "sizes": sizes.predictions(method),
+        "is_any_registered": sizes.compressible(method).exists(),
         **preview(request, form, MethodForm(as_data(form), method=method)),
     }
     region = "#preview" if wants_region(request) and "check" in request.POST else ""

@@ -186,3 +186,10 @@ def test_fields_are_described_by_their_help_and_their_error(
     assert 'aria-invalid="true"' in field
     assert "id_group_size_helptext" in field
     assert "id_group_size_error" in field
+
+
+def test_models_without_a_prediction_are_not_called_missing(world: SimpleNamespace, client_as: ClientAs) -> None:
+    """Four layers of which the first and last two are protected leave DeltaLLM nothing to share by its own settings."""
+    shown = words(client_as(Role.ENGINEER).get(reverse("job-create", args=["deltallm"])))
+    assert "no size can be predicted for the models that are registered" in shown
+    assert "No model is registered yet" not in shown
