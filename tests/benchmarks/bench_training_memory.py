@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from peft import LoraConfig, inject_adapter_in_model
 
 from compression_worker.architecture import blocks_of
@@ -33,6 +32,7 @@ from compression_worker.methods.int21 import packed_base as base_method
 from compression_worker.methods.int21.config import Int21Config
 from compression_worker.methods.int21.training import Student
 from compression_worker.quantization.divergence import divergence
+from compression_worker.quantization.learning import checkpoint_blocks
 from compression_worker.runner import prepare_torch
 from tests.benchmarks.bench_bitdelta import PROJECT, peak_bytes, record
 
@@ -116,10 +116,7 @@ def _linear(module: Any) -> bool:
 
 
 def _checkpointed(model: Any) -> Any:
-    for _, block in blocks_of(model):
-        block.forward = partial(
-            torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
+    checkpoint_blocks(model, model.config.to_dict())
     return model.train()
 
 

@@ -6,10 +6,9 @@ import argparse
 import copy
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,16 @@ import torch
 
 from compression_worker.artifact import Artifact
 from compression_worker.artifact import load_model as load_artifact
-from compression_worker.checkpoints import Checkpoint, attach_folder, load_model, load_tokenizer
+from compression_worker.checkpoints import load_model
 from compression_worker.contracts import Json
 from compression_worker.evaluation.choice import answer_choices
-from compression_worker.evaluation.config import EvaluationConfig
 from compression_worker.evaluation.generation import greedy_answers
 from compression_worker.evaluation.summary import choice_metrics
-from compression_worker.evaluation.windows import cut_windows, measure_windows
-from compression_worker.runner import prepare_torch
-from compression_worker.samples import CHOICE, TEXT, parse_samples, read_samples
-from compression_worker.store import Store
+from compression_worker.evaluation.windows import measure_windows
+from compression_worker.samples import CHOICE, parse_samples, read_samples
 from tests.benchmarks.bench_bitdelta import record
-from tests.benchmarks.delta_peers.measure import Remembered, compare, figures
-from tests.benchmarks.delta_peers.tables import WORDS
+from tests.benchmarks.contest import Contest, cells, run, silent, with_arguments
+from tests.benchmarks.delta_peers.measure import Remembered, figures
 from tests.benchmarks.layer_sharing import __doc__ as description
 from tests.benchmarks.layer_sharing.peers import PEERS, Impossible, parameters
 from tests.benchmarks.layer_sharing.training import Lesson, merged, prepared
@@ -62,82 +58,46 @@ class Line:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.layer_sharing", description=description)
-    parser.add_argument(
-        "--model", type=Path, required=True, help="the model, a Hugging Face folder of the Llama family"
-    )
-    parser.add_argument("--text", type=Path, required=True, help="text to learn from: TXT, or JSONL with 'text'")
-    parser.add_argument("--eval-text", type=Path, required=True, help="other text to measure on")
+    with_arguments(parser, windows=16, window_length=256)
     parser.add_argument("--choices", type=Path, help="choice questions: JSONL with question, choices and answer")
     parser.add_argument("--reductions", default="0.06,0.12,0.24", help="shares of the parameters (%(default)s)")
     parser.add_argument("--tokens", type=int, default=8192, help="training tokens of every form (%(default)s)")
     parser.add_argument("--batch", type=int, default=2, help="windows of a training step (%(default)s)")
-    parser.add_argument("--windows", type=int, default=16, help="windows to measure on at most (%(default)s)")
-    parser.add_argument("--window-length", type=int, default=256, help="tokens of every window (%(default)s)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of LoRA on peers (%(default)s)")
     parser.add_argument("--thin-rate", type=float, default=2e-4, help="learning rate of thin matrices (%(default)s)")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the rows of ours (%(default)s)")
     parser.add_argument("--peers", default=";".join(PEERS), help="peers, by semicolons (%(default)s)")
-    parser.add_argument("--out", type=Path, help="a file for the table; standard output without")
-    parser.add_argument("--record", action="store_true", help="add the figures to results.csv")
-    args = parser.parse_args()
-    prepare_torch()
-    with tempfile.TemporaryDirectory(prefix="deltaworks-layers-") as folder:
-        contest = Contest(args, Path(folder))
-        for _ in contest.lines():
-            text = contest.markdown()
-            if args.out:
-                args.out.write_text(text, encoding="utf-8")
-    if not args.out:
-        sys.stdout.write(text)
-    if args.record:
-        contest.keep_records()
-    return int(contest.failed)
+    return run(Sharing, parser.parse_args())
 
 
-class Contest:
-    """The forms of one model at each reduction."""
+class Sharing(Contest[Line]):
+    """Forms of fewer parameters, at each reduction. The model is of the Llama family."""
+
+    refusals = (making.Refused, Impossible)
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
-        self.args, self.scratch = args, scratch
-        self.config = EvaluationConfig(window_tokens=args.window_length, max_windows=args.windows)
-        self.failed = False
-        self.notes: list[str] = []
-        store = Store(scratch / "store", durable=False)
-        self.checkpoint = Checkpoint.open(store, attach_folder(store, args.model))
-        self.tokenizer = load_tokenizer(self.checkpoint)
-        samples = read_samples(parse_samples(args.eval_text.read_bytes(), TEXT).data)
-        self.cut = cut_windows(self.tokenizer, samples, self.config)
+        super().__init__(args, scratch)
         self.questions: list[Json] = []
         if args.choices:
             self.questions = read_samples(parse_samples(args.choices.read_bytes(), CHOICE).data)
         self.whole = load_model(self.checkpoint, dtype=torch.float32)
         self.reference = Remembered(self.whole, self.cut)
         self.parameters = parameters(self.whole)
-        self.lesson_windows = self._lesson_windows()
+        count = max(8, args.tokens // args.window_length)
+        self.lesson_windows = self.windows_of(args.text, replace(self.config, max_windows=count))
         self.lesson: Lesson | None = None
         size = self.checkpoint.manifest["weight_bytes"]
         self.item = size / self.checkpoint.manifest["parameters"]
-        self.full = self._measured("the model itself", 0.0, self.whole, self.parameters, size, peer=True)
-        self.found = [self.full]
+        self.found = [self._measured("the model itself", 0.0, self.whole, self.parameters, size, peer=True)]
         self.trainable = 0
 
     def lines(self) -> Iterator[Line]:
         """At each reduction ours first, whose trained parameters are how many a peer's adapters have there."""
         for reduction in map(float, self.args.reductions.split(",")):
             for row in making.listed(self.args.rows, ()):
-                yield from self._kept(f"{row.name}, {reduction:.0%}", partial(self._ours, row, reduction), True)
+                yield from self.kept(f"{row.name}, {reduction:.0%}", partial(self._ours, row, reduction), ours=True)
             for name in filter(None, self.args.peers.split(";")):
-                yield from self._kept(f"{name}, {reduction:.0%}", partial(self._peer, name, reduction), False)
-
-    def _kept(self, name: str, make: Any, ours: bool) -> Iterator[Line]:
-        try:
-            line = make()
-        except (making.Refused, Impossible) as error:
-            self.failed |= ours
-            self.notes.append(f"{name}: {error}")
-            return
-        self.found.append(line)
-        yield line
+                yield from self.kept(f"{name}, {reduction:.0%}", partial(self._peer, name, reduction), ours=False)
 
     def _ours(self, row: making.Row, reduction: float) -> Line:
         out = self.scratch / "ours"
@@ -173,14 +133,6 @@ class Contest:
             self.lesson.teach(model, trained, rate)
         return self._measured(name, reduction, merged(model), left, round(left * self.item), peer=True)
 
-    def _lesson_windows(self) -> torch.Tensor:
-        args = self.args
-        count = max(8, args.tokens // args.window_length)
-        samples = read_samples(parse_samples(args.text.read_bytes(), TEXT).data)
-        return cut_windows(
-            self.tokenizer, samples, EvaluationConfig(window_tokens=args.window_length, max_windows=count)
-        )
-
     def _measured(
         self,
         name: str,
@@ -193,11 +145,12 @@ class Contest:
         compared: bool = True,
     ) -> Line:
         reference = model if model is self.whole else self.reference
-        windows = measure_windows(model, reference, self.cut, _silent)
-        choices = answer_choices(model, self.tokenizer, self.questions, _silent) if self.questions else []
+        windows = measure_windows(model, reference, self.cut, silent)
+        choices = answer_choices(model, self.tokenizer, self.questions, silent) if self.questions else []
         started = time.process_time()
-        greedy_answers(model, self.tokenizer, ["The"], NEW_TOKENS, _silent)
-        speed = NEW_TOKENS / (time.process_time() - started)
+        (answer,) = greedy_answers(model, self.tokenizer, ["The"], NEW_TOKENS, silent)
+        seconds = time.process_time() - started
+        speed = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"]) / seconds
         return Line(name, reduction, count, size, windows, choices, held_bytes(model), speed, peer, compared)
 
     def markdown(self) -> str:
@@ -208,14 +161,8 @@ class Contest:
             measured = {str(at): {"choices": line.choices} for at, line in enumerate(self.found)}
             (accuracy,) = choice_metrics(measured, "0", self.config)
             metrics["choices"] = accuracy["values"]
-        rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
-        rows += [self._cells(at, line, metrics) for at, line in enumerate(self.found)]
-        blocks = ["\n".join("| " + " | ".join(row) + " |" for row in rows)]
-        if pairs := list(self._pairs()):
-            blocks.append("Ours beside ours, KL of the first minus KL of the second:\n\n" + "\n".join(pairs))
-        if self.notes:
-            blocks.append("Not in the table:\n\n" + "\n".join(f"- {note}" for note in self.notes))
-        return "\n\n".join(blocks) + "\n"
+        rows = [self._cells(at, line, metrics) for at, line in enumerate(self.found)]
+        return "\n\n".join(self.blocks(COLUMNS, rows, list(self._pairs()))) + "\n"
 
     def _pairs(self) -> Iterator[str]:
         """The paired differences that the rows' file asks for, at each reduction."""
@@ -224,24 +171,18 @@ class Contest:
             for reduction in sorted({reduction for _, reduction in known}):
                 first, second = (known.get((name, reduction)) for name in pair)
                 if first and second:
-                    found = compare(first.windows, second.windows, self.config)
-                    yield (
-                        f"- {reduction:.0%}: {first.name} − {second.name}: {found.difference:+.4f} "
-                        f"({found.low:+.4f} … {found.high:+.4f}), {WORDS[found.verdict.kind]}"
-                    )
+                    yield f"- {reduction:.0%}: {first.name} − {second.name}: {self.difference(first, second)}"
 
     def _cells(self, at: int, line: Line, metrics: dict[str, Json]) -> list[str]:
-        perplexity, kl = (metrics[name][str(at)] for name in ("perplexity", "kl_divergence"))
-        right = metrics.get("choices", {}).get(str(at))
         fewer = 1 - line.parameters / self.parameters
         return [
             f"{line.name}, {line.reduction:.0%}" if line.reduction else line.name,
             f"{line.parameters:,}",
             f"{100 * fewer:.1f} %",
             f"{line.size / 1e6:.2f}",
-            f"{perplexity['value']:.4g} ({perplexity['low']:.4g}–{perplexity['high']:.4g})",
-            f"{kl['value']:.4f} ({kl['low']:.4f}–{kl['high']:.4f})",
-            f"{100 * right['value']:.0f} ({100 * right['low']:.0f}–{100 * right['high']:.0f})" if right else "",
+            cells(metrics, at, "perplexity", digits=".4g"),
+            cells(metrics, at, "kl_divergence"),
+            cells(metrics, at, "choices", digits=".0f", times=100) if self.questions else "",
             f"{line.held / 1e6:.2f}",
             f"{line.speed:.1f}",
             self._against(line),
@@ -251,11 +192,8 @@ class Contest:
         peers = [one for one in self.found[1:] if one.peer and one.reduction == line.reduction]
         if line.peer or not line.compared or not peers:
             return ""
-        best = min(peers, key=lambda one: sum(window["kl"] for window in one.windows))
-        found = compare(line.windows, best.windows, self.config)
-        return (
-            f"{best.name}: {found.difference:+.4f} ({found.low:+.4f} … {found.high:+.4f}) {WORDS[found.verdict.kind]}"
-        )
+        best = self.best(peers)
+        return f"{best.name}: {self.difference(line, best)}"
 
     def keep_records(self) -> None:
         """Lines of results.csv: the KL of each form, and what it weighs."""
@@ -272,10 +210,6 @@ def held_bytes(model: Any) -> int:
         for tensor in (*model.parameters(), *model.buffers())
     }
     return sum(storages.values())
-
-
-def _silent(done: int, total: int, unit: str) -> None:
-    """Forms report for themselves."""
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def thin(model: Any, windows: torch.Tensor, most: int, *, by_input: bool) -> Non
     ``by_input``: the best product for the inputs of the text, from singular values of ``W S``, ``S S^T`` their second
     moment.
     """
-    names = {linear: name for name, linear in _linears(model)}
+    names = {linear: name for name, linear in linears_of(model)}
     share = _share(model, most)
     moments = _moments(model, windows) if by_input else {}
     for linear, name in names.items():
@@ -191,7 +191,8 @@ def _hidden(model: Any, windows: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _linears(model: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
+def linears_of(model: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """The linears of all blocks by path."""
     for name, module in model.model.layers.named_modules(prefix="model.layers"):
         if isinstance(module, torch.nn.Linear):
             yield name, module
@@ -199,7 +200,7 @@ def _linears(model: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
 
 def _share(model: Any, most: int) -> float:
     """Share ``s`` of a matrix's parameters that its two factors have, so that all of them together lose ``most``."""
-    whole = sum(linear.weight.numel() for _, linear in _linears(model))
+    whole = sum(linear.weight.numel() for _, linear in linears_of(model))
     if most >= whole:
         raise Impossible("more may go than the blocks have")
     return 1 - most / whole
@@ -216,7 +217,7 @@ def _moments(model: Any, windows: torch.Tensor) -> dict[str, torch.Tensor]:
 
         return hook
 
-    _read(model, windows, [(linear, watch(name)) for name, linear in _linears(model)])
+    _read(model, windows, [(linear, watch(name)) for name, linear in linears_of(model)])
     for moment in found.values():
         moment.diagonal().add_(0.01 * moment.diagonal().mean())
     return found

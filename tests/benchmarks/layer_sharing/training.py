@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 
-from compression_worker.distillation import scheduled
 from compression_worker.quantization.divergence import divergence
+from compression_worker.quantization.learning import LARGEST_GRADIENT, rate_at
 from compression_worker.quantization.teacher import TopLogits
-from tests.benchmarks.layer_sharing.peers import Thin, parameters
+from tests.benchmarks.layer_sharing.peers import Thin, linears_of
 
 TEACHER_LOGITS = 128
-RISE = 0.05
-LARGEST_GRADIENT = 1.0
 
 
 class Lesson:
@@ -32,15 +30,12 @@ class Lesson:
         """One reading of the windows with AdamW; the losses before each step."""
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
         losses = []
-        rise = max(1, round(RISE * len(self._answers)))
         for step, (windows, answers) in enumerate(zip(self._all(), self._answers, strict=True)):
             loss = divergence(model(windows, use_cache=False).logits, answers, windows).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
-            now = scheduled(rate, "cosine", step, len(self._answers)) * min(1.0, (step + 1) / rise)
-            for group in optimizer.param_groups:
-                group["lr"] = now
+            optimizer.param_groups[0]["lr"] = rate_at(rate, step, len(self._answers))
             optimizer.step()
             losses.append(float(loss.detach()))
         return losses
@@ -56,13 +51,9 @@ def prepared(model: Any, trainable: int) -> list[torch.nn.Parameter]:
         return thin
     from peft import LoraConfig, inject_adapter_in_model
 
-    linears = [
-        (name, module)
-        for name, module in model.model.layers.named_modules(prefix="model.layers")
-        if isinstance(module, torch.nn.Linear)
-    ]
-    rank = max(1, round(trainable / sum(sum(linear.weight.shape) for _, linear in linears)))
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[name for name, _ in linears])
+    linears = dict(linears_of(model))
+    rank = max(1, round(trainable / sum(sum(linear.weight.shape) for linear in linears.values())))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(linears))
     inject_adapter_in_model(config, model)
     return [one for one in model.parameters() if one.requires_grad]
 
@@ -77,6 +68,3 @@ def merged(model: Any) -> Any:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
     return model.eval().requires_grad_(False)
-
-
-__all__ = ["Lesson", "merged", "parameters", "prepared"]

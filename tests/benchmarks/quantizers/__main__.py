@@ -6,9 +6,9 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,13 @@ from safetensors.torch import load_file
 
 from compression_worker.artifact import Artifact
 from compression_worker.artifact import load_model as load_artifact
-from compression_worker.checkpoints import Checkpoint, attach_folder, load_model, load_tokenizer
+from compression_worker.checkpoints import load_model
 from compression_worker.contracts import Json
-from compression_worker.evaluation.config import EvaluationConfig
 from compression_worker.evaluation.generation import greedy_answers
-from compression_worker.evaluation.windows import cut_windows, measure_windows
-from compression_worker.runner import prepare_torch
-from compression_worker.samples import TEXT, parse_samples, read_samples
-from compression_worker.store import Store
+from compression_worker.evaluation.windows import measure_windows
 from tests.benchmarks.bench_bitdelta import record
-from tests.benchmarks.delta_peers.measure import Remembered, compare, figures, places
-from tests.benchmarks.delta_peers.tables import WORDS
+from tests.benchmarks.contest import Contest, cells, run, silent, with_arguments
+from tests.benchmarks.delta_peers.measure import Remembered, figures, places
 from tests.benchmarks.quantizers import __doc__ as description
 from tests.benchmarks.quantizers import making
 from tests.benchmarks.quantizers.making import Cost, Refused
@@ -64,12 +60,8 @@ class Line:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.quantizers", description=description)
-    parser.add_argument("--model", type=Path, required=True, help="the model, a Hugging Face folder")
-    parser.add_argument("--text", type=Path, required=True, help="calibration text: TXT, or JSONL with 'text'")
-    parser.add_argument("--eval-text", type=Path, required=True, help="other text to measure on")
+    with_arguments(parser, windows=16, window_length=256)
     parser.add_argument("--samples", type=int, default=8, help="calibration windows of 512 tokens (%(default)s)")
-    parser.add_argument("--windows", type=int, default=16, help="windows to measure on at most (%(default)s)")
-    parser.add_argument("--window-length", type=int, default=256, help="tokens of a window (%(default)s)")
     parser.add_argument("--group", type=int, default=64, help="group size of the peers (%(default)s)")
     parser.add_argument("--rows", type=Path, default=making.ROWS, help="the rows of ours (%(default)s)")
     parser.add_argument("--peers", default=";".join(PEERS), help="peers, by semicolons (%(default)s)")
@@ -80,61 +72,31 @@ def main() -> int:
         metavar="DIR",
         help="keep artifacts of ours there with their cost; use those that are there",
     )
-    parser.add_argument("--out", type=Path, help="a file for the table; standard output without")
-    parser.add_argument("--record", action="store_true", help="add the figures to results.csv")
-    args = parser.parse_args()
-    prepare_torch()
-    with tempfile.TemporaryDirectory(prefix="deltaworks-quantizers-") as folder:
-        contest = Contest(args, Path(folder))
-        for _ in contest.lines():
-            text = contest.markdown()
-            if args.out:  # after each form, since a run can take an hour
-                args.out.write_text(text, encoding="utf-8")
-    if not args.out:
-        sys.stdout.write(text)
-    if args.record:
-        contest.keep_records()
-    return int(contest.failed)
+    return run(Quantizers, parser.parse_args())
 
 
-class Contest:
-    """The forms of one model, made and measured one after another."""
+class Quantizers(Contest[Line]):
+    """Forms of fewer bits."""
+
+    refusals = (Refused,)
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
-        self.args, self.scratch = args, scratch
-        self.config = EvaluationConfig(window_tokens=args.window_length, max_windows=args.windows)
-        self.failed = False
-        self.notes: list[str] = []
-        store = Store(scratch / "store", durable=False)
-        self.checkpoint = Checkpoint.open(store, attach_folder(store, args.model))
-        self.tokenizer = load_tokenizer(self.checkpoint)
-        samples = read_samples(parse_samples(args.eval_text.read_bytes(), TEXT).data)
-        self.cut = cut_windows(self.tokenizer, samples, self.config)
+        super().__init__(args, scratch)
         whole = load_model(self.checkpoint, dtype=torch.float32)
         self.reference = Remembered(whole, self.cut)
-        width = 8 * self.checkpoint.manifest["weight_bytes"] / self.checkpoint.manifest["parameters"]
         size = self.checkpoint.manifest["weight_bytes"]
-        windows = measure_windows(whole, whole, self.cut, _silent)
+        width = 8 * size / self.checkpoint.manifest["parameters"]
+        windows = measure_windows(whole, whole, self.cut, silent)
         self.found = [Line("uncompressed", 16, windows, None, width, width, size, True, self._answers(whole))]
 
     def lines(self) -> Iterator[Line]:
         """Ours, then peers, the slow one last."""
         for row in making.listed(self.args.rows, ()):
-            yield from self._kept(row.name, lambda row=row: self._ours(row), ours=True)
+            yield from self.kept(row.name, partial(self._ours, row), ours=True)
         names = [name for name in self.args.peers.split(";") if name]
         jobs = [(name, bits) for name in names for bits in (4, 3, 2) if bits >= LEAST_BITS.get(name, 3)]
         for name, bits in jobs:
-            yield from self._kept(f"{name}, {bits} bits", lambda name=name, bits=bits: self._peer(name, bits))
-
-    def _kept(self, name: str, make: Any, *, ours: bool = False) -> Iterator[Line]:
-        try:
-            line = make()
-        except Refused as error:
-            self.failed |= ours
-            self.notes.append(f"{name}: {error}")
-            return
-        self.found.append(line)
-        yield line
+            yield from self.kept(f"{name}, {bits} bits", partial(self._peer, name, bits), ours=False)
 
     def _peer(self, name: str, bits: int) -> Line:
         out = self.scratch / "peer"
@@ -178,23 +140,18 @@ class Contest:
         *,
         peer: bool,
     ) -> Line:
-        windows = measure_windows(model, self.reference, self.cut, _silent)
+        windows = measure_windows(model, self.reference, self.cut, silent)
         return Line(name, bits, windows, cost, linears, whole, size, peer, self._answers(model))
 
     def _answers(self, model: Any) -> list[str]:
-        return greedy_answers(model, self.tokenizer, list(PROMPTS), 24, _silent)
+        return greedy_answers(model, self.tokenizer, list(PROMPTS), 24, silent)
 
     def markdown(self) -> str:
         """The table, what is missing, and what the two-bit forms write."""
         lines = sorted(self.found, key=lambda line: (-line.bits, not line.peer))
         found = figures({str(at): line.windows for at, line in enumerate(lines)}, "0", self.config)
-        rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
-        rows += [self._cells(at, line, found) for at, line in enumerate(lines)]
-        blocks = ["\n".join("| " + " | ".join(row) + " |" for row in rows)]
-        if pairs := list(self._pairs()):
-            blocks.append("Ours beside ours, KL of the first minus KL of the second:\n\n" + "\n".join(pairs))
-        if self.notes:
-            blocks.append("Not in the table:\n\n" + "\n".join(f"- {note}" for note in self.notes))
+        rows = [self._cells(at, line, found) for at, line in enumerate(lines)]
+        blocks = list(self.blocks(COLUMNS, rows, list(self._pairs())))
         spoken = [line for line in lines if line.bits in (2, 16)]
         for at, prompt in enumerate(PROMPTS):
             said = "\n".join(f"- {line.name}: {' '.join(line.answers[at].split())}" for line in spoken)
@@ -206,22 +163,17 @@ class Contest:
         known = {line.name: line for line in self.found}
         for first, second in making.pairs(self.args.rows):
             if first in known and second in known:
-                found = compare(known[first].windows, known[second].windows, self.config)
-                yield (
-                    f"- {first} − {second}: {found.difference:+.4f} ({found.low:+.4f} … {found.high:+.4f}), "
-                    f"{WORDS[found.verdict.kind]}"
-                )
+                yield f"- {first} − {second}: {self.difference(known[first], known[second])}"
 
     def _cells(self, at: int, line: Line, found: dict[str, Json]) -> list[str]:
-        perplexity, kl, top = (found[name][str(at)] for name in ("perplexity", "kl_divergence", "top1_agreement"))
         return [
             line.name,
             f"{line.linear_bits:.3f}",
             f"{line.whole_bits:.3f}" if line.whole_bits else "",
             f"{line.size / 1e6:.1f}" if line.size else "",
-            f"{perplexity['value']:.4g} ({perplexity['low']:.4g}–{perplexity['high']:.4g})",
-            f"{kl['value']:.4f} ({kl['low']:.4f}–{kl['high']:.4f})",
-            f"{100 * top['value']:.1f} ({100 * top['low']:.1f}–{100 * top['high']:.1f})",
+            cells(found, at, "perplexity", digits=".4g"),
+            cells(found, at, "kl_divergence"),
+            cells(found, at, "top1_agreement", digits=".1f", times=100),
             f"{line.cost.processor:.0f}" if line.cost else "",
             f"{line.cost.peak / 1e6:.0f}" if line.cost else "",
             self._against(line),
@@ -231,11 +183,8 @@ class Contest:
         peers = [one for one in self.found[1:] if one.peer and one.bits == line.bits]
         if line.peer or not peers:
             return ""
-        best = min(peers, key=lambda one: sum(window["kl"] for window in one.windows))
-        found = compare(line.windows, best.windows, self.config)
-        return (
-            f"{best.name}: {found.difference:+.4f} ({found.low:+.4f} … {found.high:+.4f}) {WORDS[found.verdict.kind]}"
-        )
+        best = self.best(peers)
+        return f"{best.name}: {self.difference(line, best)}"
 
     def keep_records(self) -> None:
         """Lines of results.csv: the KL of each form, and what it costs."""
@@ -245,10 +194,6 @@ class Contest:
             perplexity = float(torch.tensor(nll / tokens, dtype=torch.float64).exp())
             unit = f"nats/token; {line.linear_bits:.3f} bits, perplexity {perplexity:.4g}{cost}"
             record(line.name, kl / tokens, unit, benchmark="quantizers")
-
-
-def _silent(done: int, total: int, unit: str) -> None:
-    """Forms report for themselves."""
 
 
 if __name__ == "__main__":
