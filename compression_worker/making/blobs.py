@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from compression_worker.contracts import StepContext
-from compression_worker.tensors import Spec, TensorFile, raw_bytes, write_file
-
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+from compression_worker.tensors import Spec, TensorFile, whole, write_file
 
 
 def open_blob(context: StepContext, digest: str) -> TensorFile:
@@ -31,7 +29,5 @@ def write_pieces(context: StepContext, tensors: Mapping[str, tuple[Spec, Iterabl
 
 
 def write_blob(context: StepContext, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Write a blob of fp32 and bf16 tensors; its digest."""
-    return write_pieces(
-        context, {name: (Spec(_NAMES[t.dtype], tuple(t.shape)), [raw_bytes(t)]) for name, t in tensors.items()}
-    )
+    """Write a blob of tensors; its digest."""
+    return write_pieces(context, {name: whole(tensor) for name, tensor in tensors.items()})

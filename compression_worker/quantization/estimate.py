@@ -7,14 +7,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from compression_worker.contracts import Json
-from compression_worker.preflight import FLOAT, PROCESS_BYTES, Model, Shapes, StepLoad
+from compression_worker.preflight import FLOAT, PROCESS_BYTES, Model, Shapes, StepLoad, halvings
 
 BATCH_TOKENS = 2048
 """As :mod:`compression_worker.quantization.calibration` runs them."""
 STEPS = 8
 DOUBLE = 8
+FORWARD_AND_BACKWARD = 4
+"""Passes over the weights of a training step: forward, again where blocks are computed twice, and backward."""
 ACTIVATION_COPIES = 6
 """Tensors as wide as the widest linear that live at once while a batch goes through a block."""
 
@@ -71,6 +75,27 @@ def text_work(params: Json, sizes: Mapping[str, float]) -> float:
 def logits_work(params: Json, sizes: Mapping[str, float]) -> float:
     """Multiplications of the full model's forward pass."""
     return params["count"] * sizes["window_tokens"] * sizes["parameters"]
+
+
+def train_work(params: Json, sizes: Mapping[str, float]) -> float:
+    """Multiplications of the forward and backward passes of a chunk of optimizer steps."""
+    windows = (params["last"] - params["first"]) * params["config"]["batch_size"]
+    return FORWARD_AND_BACKWARD * windows * sizes["window_tokens"] * sizes["parameters"]
+
+
+def read_length(model: Model, length: int) -> int:
+    """``length``, or as many tokens as the model can read."""
+    said = model.config.get("max_position_embeddings") or model.config.get("n_positions") or length
+    return min(length, int(said))
+
+
+def cheaper_training(config: Any) -> Iterator[Any]:
+    """The same training for less memory: blocks computed twice, then shorter windows."""
+    if not config.checkpointing:
+        config = replace(config, checkpointing=True)
+        yield config
+    for length in halvings(config.window_tokens, 64):
+        yield replace(config, window_tokens=length)
 
 
 def hidden_bytes(sizes: Mapping[str, float]) -> int:

@@ -18,7 +18,6 @@ from compression_worker.preflight import (
     Shapes,
     StepLoad,
     chunks_of,
-    halvings,
 )
 from compression_worker.quantization import estimate as shared
 from compression_worker.quantization.passes import at_once
@@ -26,8 +25,6 @@ from compression_worker.quantization.passes import at_once
 LINE, SHARED_LINE, FIGURES, HEADER_LINE, CANDIDATE, FIXED = 236, 330, 130, 165, 24, 3_300
 POINT, STEP = 130, 17
 STEP_DOCUMENT = 4_000
-FORWARD_AND_BACKWARD = 4
-"""Passes over the weights of a training step: forward, again where blocks are computed twice, and backward."""
 STATES = 4
 """A parameter that is trained: itself, its gradient, and AdamW's two moments."""
 ATTENTION = {7: 4, 4: 2}
@@ -73,7 +70,7 @@ def estimate(config: DeltaLLMConfig, inputs: Inputs) -> Estimate:
     if config.quantizes:
         beneath = METHODS[config.base_method].forecaster().estimate(config.base_config(), inputs)
     parts = tuple(_parts(config, model, shapes, plan, beneath))
-    length = _length(config, model)
+    length = shared.read_length(model, config.window_tokens)
     candidates = len(plan.depth.candidates) if plan else 1
     sizes = {
         **shared.calibration_sizes(model, shapes, config.samples, config.length),
@@ -129,11 +126,7 @@ def planned(config: DeltaLLMConfig, model: Model, shapes: Shapes | None) -> Plan
 
 def cheaper(config: DeltaLLMConfig) -> Iterator[DeltaLLMConfig]:
     """The same job for less memory: blocks computed twice, then shorter windows."""
-    if not config.checkpointing:
-        config = replace(config, checkpointing=True)
-        yield config
-    for length in halvings(config.window_tokens, 64):
-        yield replace(config, window_tokens=length)
+    yield from shared.cheaper_training(config)
 
 
 def calmer(config: DeltaLLMConfig) -> Iterator[DeltaLLMConfig]:
@@ -149,12 +142,6 @@ def choose_work(params: Json, sizes: Mapping[str, float]) -> float:
     return (1 + sizes["candidates"] / 2) * windows * sizes["parameters"]
 
 
-def train_work(params: Json, sizes: Mapping[str, float]) -> float:
-    """Multiplications of forward and backward passes."""
-    windows = (params["last"] - params["first"]) * params["config"]["batch_size"]
-    return FORWARD_AND_BACKWARD * windows * sizes["window_tokens"] * sizes["parameters"]
-
-
 def assemble_work(params: Json, sizes: Mapping[str, float]) -> float:
     """Bytes written and hashed."""
     return sizes["shared_bytes"]
@@ -166,11 +153,6 @@ def _sides(config: DeltaLLMConfig, shapes: Shapes) -> Iterator[tuple[int, int]]:
     for kind in config.kinds:
         own = shapes.block[:first] if kind == "attention" else shapes.block[first:]
         yield from ((one.outputs, one.inputs) for one in own)
-
-
-def _length(config: DeltaLLMConfig, model: Model) -> int:
-    said = model.config.get("max_position_embeddings") or model.config.get("n_positions") or config.window_tokens
-    return min(config.window_tokens, int(said))
 
 
 def _chunks(config: DeltaLLMConfig) -> int:
@@ -288,7 +270,7 @@ def _loads(
         yield StepLoad(
             kind="deltallm.train",
             count=chunks,
-            units=train_work(params, sizes),
+            units=shared.train_work(params, sizes),
             memory_bytes=PROCESS_BYTES + FLOAT * model.parameters + cpu,
             gpu_bytes=model.weight_bytes + gpu,
             gpu_host_bytes=PROCESS_BYTES + 2 * model.weight_bytes,

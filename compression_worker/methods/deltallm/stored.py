@@ -9,7 +9,7 @@ import torch
 from compression_worker import gate
 from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError, Json, StepContext, sha256
-from compression_worker.making.blobs import write_pieces
+from compression_worker.making.blobs import write_blob
 from compression_worker.making.inputs import opened
 from compression_worker.making.table import RAW_FILE, relative_error
 from compression_worker.methods.deltallm.config import SIGN, DeltaLLMConfig
@@ -19,7 +19,7 @@ from compression_worker.methods.deltallm.matrices import SharedMatrix
 from compression_worker.methods.deltallm.sources import Sources
 from compression_worker.methods.deltallm.student import LORA_SCALE
 from compression_worker.quantization.rest import TRANSFORMERS
-from compression_worker.tensors import Spec, TensorFile, checkpoint_files, raw_bytes, whole, write_file
+from compression_worker.tensors import Spec, TensorFile, checkpoint_files, raw_bytes, write_file
 
 Pair = tuple[SharedMatrix, SharedMatrix]
 """A follower's matrix and its anchor's."""
@@ -46,7 +46,7 @@ class Deltas:
                 made = sources.anchor(anchor) + dense(pieces, follower.linear.inputs)
                 self.errors[follower.name] = _distance(made, sources.own(follower))
                 context.progress(done, len(pairs), "matrices")
-        self.digest = write_pieces(context, {name: whole(one) for name, one in sorted(flat.items())})
+        self.digest = write_blob(context, dict(sorted(flat.items())))
 
     def _line(self, follower: SharedMatrix, anchor: SharedMatrix, pieces: Pieces) -> Json:
         a, b = pieces

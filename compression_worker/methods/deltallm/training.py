@@ -11,15 +11,14 @@ how often each factor was trained, in fp32: a run that was killed goes on, to eq
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 
 import torch
 
-from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
+from compression_worker.contracts import Json, StepContext, StepOutput
 from compression_worker.making.allocation import given_back
-from compression_worker.making.blobs import read_blob, write_pieces
+from compression_worker.making.blobs import read_blob, write_blob
 from compression_worker.making.inputs import architecture_of, opened
 from compression_worker.making.table import six_digits
 from compression_worker.methods.deltallm.choosing import pair_file, read_factors
@@ -29,10 +28,14 @@ from compression_worker.methods.deltallm.replacement import drawn, probability
 from compression_worker.methods.deltallm.sources import base_input
 from compression_worker.methods.deltallm.student import Student
 from compression_worker.quantization.divergence import divergence
-from compression_worker.quantization.learning import LARGEST_GRADIENT, HeldOut, checkpoint_blocks, parts_of, rate_at
-from compression_worker.quantization.passes import at_once
-from compression_worker.quantization.teacher import TRAINED, TopLogits, read_logits, read_windows
-from compression_worker.tensors import whole
+from compression_worker.quantization.learning import (
+    HeldOut,
+    checkpoint_blocks,
+    optimizer_steps,
+    read_training,
+    round_parameters,
+)
+from compression_worker.quantization.teacher import TopLogits, read_logits
 
 STATE_FILE = "state.safetensors"
 FIRST, SECOND, COUNT = "#first", "#second", "#count"
@@ -50,7 +53,7 @@ def train_step(context: StepContext) -> StepOutput:
     state = read_blob(context, before.blobs[STATE_FILE]) if before else {}
     optimizer = _taken_up(student, state)
     started = time.monotonic()
-    windows = _windows(context, config)
+    windows = read_training(context, config.batch_size)
     losses = _trained(context, student, optimizer, config, windows)
     context.measure("seconds_per_training_step", (time.monotonic() - started) / (params["last"] - params["first"]))
     if params["final"]:
@@ -63,7 +66,7 @@ def train_step(context: StepContext) -> StepOutput:
         f"held-out KL {curve[-1]['kl']:.4g}, cross-entropy {curve[-1]['ce']:.4g} after {tokens:,} tokens", "info"
     )
     losses = (list(before.data["losses"]) if before else []) + [six_digits(loss) for loss in losses]
-    blob = write_pieces(context, {name: whole(one) for name, one in _state(student, optimizer).items()})
+    blob = write_blob(context, _state(student, optimizer))
     return StepOutput(blobs={STATE_FILE: blob}, data={"curve": curve, "losses": losses})
 
 
@@ -110,12 +113,6 @@ def loss_of(student: Student, windows: torch.Tensor, known: TopLogits, config: D
     return loss + config.hidden_weight * torch.stack(distances).mean()
 
 
-def _windows(context: StepContext, config: DeltaLLMConfig) -> torch.Tensor:
-    params = context.spec.params
-    start, count = params["window"], (params["last"] - params["first"]) * config.batch_size
-    return read_windows(context, TRAINED, slice(start, start + count))
-
-
 def _trained(
     context: StepContext,
     student: Student,
@@ -123,34 +120,17 @@ def _trained(
     config: DeltaLLMConfig,
     windows: torch.Tensor,
 ) -> list[float]:
-    """The loss of each optimizer step; a few windows go through the model at a time, and their gradients add up."""
-    params = context.spec.params
-    first, last, size = params["first"], params["last"], config.batch_size
-    teacher = read_logits(context, "teacher")
-    together = at_once(size, windows.shape[1], int(student.model.config.vocab_size))
-    factors = list(student.factors.values())
-    losses = []
-    for step in range(first, last):
-        replace_modules(student, config, context.spec.seed, step, params["total"])
-        loss = 0.0
-        for rows in parts_of((step - first) * size, size, together):
-            known = teacher.at(rows, student.device)
-            part = loss_of(student, windows[rows].to(student.device), known, config)
-            part = part * ((rows.stop - rows.start) / size)
-            if part.requires_grad:  # not where every module went its old way
-                part.backward()
-            loss += float(part.detach())
-        norm = torch.nn.utils.clip_grad_norm_(factors, LARGEST_GRADIENT)
-        if not math.isfinite(loss) or not bool(norm.isfinite()):
-            raise CompressionError(
-                "diverged", f"the loss of training step {step + 1} is not finite: lower learning_rate"
-            )
-        optimizer.param_groups[0]["lr"] = rate_at(config.learning_rate, step, params["total"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
-        context.progress(step - first + 1, last - first, "training steps")
-    return losses
+    teacher, total = read_logits(context, "teacher"), context.spec.params["total"]
+    return optimizer_steps(
+        context,
+        optimizer,
+        windows,
+        lambda rows: loss_of(student, windows[rows].to(student.device), teacher.at(rows, student.device), config),
+        batch_size=config.batch_size,
+        vocabulary=int(student.model.config.vocab_size),
+        learning_rate=config.learning_rate,
+        begin=lambda step: replace_modules(student, config, context.spec.seed, step, total),
+    )
 
 
 def _taken_up(student: Student, state: Mapping[str, torch.Tensor]) -> torch.optim.AdamW:
@@ -169,17 +149,9 @@ def _taken_up(student: Student, state: Mapping[str, torch.Tensor]) -> torch.opti
 
 
 def round_factors(student: Student, config: DeltaLLMConfig) -> None:
-    """The factors as they will be stored, so that what is measured last is what is shipped."""
-    if config.share_form == SIGN:
-        return
-    dtype = getattr(torch, config.delta_dtype)
-    with torch.no_grad():
-        for parameter in student.factors.values():
-            if float(parameter.abs().max()) > torch.finfo(dtype).max:
-                raise CompressionError(
-                    "not_finite", f"a factor does not fit {config.delta_dtype}: set delta_dtype=bfloat16"
-                )
-            parameter.copy_(parameter.to(dtype))
+    """The factors as they will be stored; signs have none."""
+    if config.share_form != SIGN:
+        round_parameters(student.factors.values(), config.delta_dtype, "delta_dtype", "a factor")
 
 
 def _state(student: Student, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:

@@ -21,15 +21,13 @@ from compression_worker.preflight import (
     Shapes,
     StepLoad,
     chunks_of,
-    halvings,
 )
+from compression_worker.quantization.estimate import cheaper_training, read_length, train_work
 from compression_worker.quantization.passes import at_once
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 LINE, FIGURES, POINT, ADAPTER_HEADER, FIXED = 12, 40, 130, 130, 2_600
 STEP_DOCUMENT = 6_000
-FORWARD_AND_BACKWARD = 4
-"""Passes over the weights of a training step: forward, again where blocks are computed twice, and backward."""
 SINGULAR = 20
 """Multiplications of a singular value decomposition, in those of one product of the matrix with itself."""
 CODED = ("codes", "scales")
@@ -41,7 +39,7 @@ def estimate(config: Int21Config, inputs: Inputs) -> Estimate:
     beneath: Estimate = METHODS[config.base_method].forecaster().estimate(config.base_config(), inputs)
     adapter = _adapter_parameters(model, shapes, config.rank)
     vocabulary = shapes.vocabulary if shapes else int(model.config.get("vocab_size") or 0)
-    length = _length(config, model)
+    length = read_length(model, config.window_tokens)
     parts = (*beneath.parts, *_parts(config, shapes, adapter))
     sizes = {
         **beneath.sizes,
@@ -68,7 +66,7 @@ def training_peaks(
     shapes = model.shapes()
     if shapes is None:
         return None
-    length = _length(config, model) if length is None else length
+    length = read_length(model, config.window_tokens) if length is None else length
     together = at_once(config.batch_size, length, shapes.vocabulary)
     one = Pass(tokens=together * length, item_bytes=item_bytes, rank=config.rank, checkpointing=config.checkpointing)
     return peaks(shapes, packed_bytes, one)
@@ -76,11 +74,7 @@ def training_peaks(
 
 def cheaper(config: Int21Config) -> Iterator[Int21Config]:
     """The same job for less memory: blocks computed twice, then shorter windows."""
-    if not config.checkpointing:
-        config = replace(config, checkpointing=True)
-        yield config
-    for length in halvings(config.window_tokens, 64):
-        yield replace(config, window_tokens=length)
+    yield from cheaper_training(config)
 
 
 def calmer(config: Int21Config) -> Iterator[Int21Config]:
@@ -93,20 +87,9 @@ def start_work(params: Json, sizes: Mapping[str, float]) -> float:
     return SINGULAR * sizes["linears"] * max(sizes["widest"], 1.0)
 
 
-def train_work(params: Json, sizes: Mapping[str, float]) -> float:
-    """Multiplications of forward and backward passes."""
-    windows = (params["last"] - params["first"]) * params["config"]["batch_size"]
-    return FORWARD_AND_BACKWARD * windows * sizes["window_tokens"] * sizes["parameters"]
-
-
 def assemble_work(params: Json, sizes: Mapping[str, float]) -> float:
     """Bytes hashed once more."""
     return sizes["adapted_bytes"]
-
-
-def _length(config: Int21Config, model: Model) -> int:
-    said = model.config.get("max_position_embeddings") or model.config.get("n_positions") or config.window_tokens
-    return min(config.window_tokens, int(said))
 
 
 def _packed_bytes(beneath: Estimate) -> int:

@@ -9,7 +9,6 @@ bytes.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,24 +17,23 @@ from typing import Any
 import torch
 
 from compression_worker.artifact import Artifact
-from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput
+from compression_worker.contracts import Json, StepContext, StepOutput
 from compression_worker.making.allocation import given_back
 from compression_worker.making.beneath import implementation, packed_base
+from compression_worker.making.blobs import read_blob, write_blob
 from compression_worker.making.table import six_digits
 from compression_worker.methods.int21 import packed_base as base_method
 from compression_worker.methods.int21.config import Int21Config
 from compression_worker.quantization import lora
 from compression_worker.quantization.divergence import Divergence, divergence
-from compression_worker.quantization.learning import LARGEST_GRADIENT, HeldOut, checkpoint_blocks, parts_of, rate_at
-from compression_worker.quantization.passes import at_once
-from compression_worker.quantization.teacher import (
-    TRAINED,
-    TopLogits,
-    computing_dtype,
-    read_logits,
-    read_windows,
+from compression_worker.quantization.learning import (
+    HeldOut,
+    checkpoint_blocks,
+    optimizer_steps,
+    read_training,
+    round_parameters,
 )
-from compression_worker.tensors import Spec, TensorFile, raw_bytes, write_file
+from compression_worker.quantization.teacher import TopLogits, computing_dtype, read_logits
 
 STATE_FILE, ADAPTER_FILE = "state.safetensors", "adapter.safetensors"
 LREC, EMEF = "lrec", "emef"
@@ -86,7 +84,7 @@ def train_step(context: StepContext) -> StepOutput:
         curve.append(held.measured(student, 0, "start"))
     optimizer = _optimizer(student, values, steps=first)
     started = time.monotonic()
-    windows = _windows(context, config)
+    windows = read_training(context, config.batch_size)
     losses = _trained(context, student, optimizer, config, windows)
     context.measure("seconds_per_training_step", (time.monotonic() - started) / (last - first))
     if params["final"]:
@@ -97,45 +95,29 @@ def train_step(context: StepContext) -> StepOutput:
         f"held-out KL {curve[-1]['kl']:.4g}, cross-entropy {curve[-1]['ce']:.4g} after {tokens:,} tokens", "info"
     )
     losses = (list(before.data["losses"]) if before else []) + [six_digits(loss) for loss in losses]
-    state = _state(student, optimizer)
-    return StepOutput(blobs={STATE_FILE: _written(context, state)}, data={"curve": curve, "losses": losses})
-
-
-def _windows(context: StepContext, config: Int21Config) -> torch.Tensor:
-    params = context.spec.params
-    start, count = params["window"], (params["last"] - params["first"]) * config.batch_size
-    return read_windows(context, TRAINED, slice(start, start + count))
+    blob = write_blob(context, _state(student, optimizer))
+    return StepOutput(blobs={STATE_FILE: blob}, data={"curve": curve, "losses": losses})
 
 
 def _trained(
-    context: StepContext, student: Student, optimizer: Any, config: Int21Config, windows: torch.Tensor
+    context: StepContext, student: Student, optimizer: torch.optim.AdamW, config: Int21Config, windows: torch.Tensor
 ) -> list[float]:
-    """The loss of each optimizer step; a few windows go through the model at a time, and their gradients add up."""
-    params = context.spec.params
-    first, last, size = params["first"], params["last"], config.batch_size
-    teacher = read_logits(context, "teacher") if params["phase"] == LREC else None
-    weights = {"temperature": config.temperature, "ce_weight": config.ce_weight}
-    factors = list(student.factors.values())
-    together = at_once(size, windows.shape[1], int(student.model.config.vocab_size))
-    losses = []
-    for step in range(first, last):
-        loss = 0.0
-        for rows in parts_of((step - first) * size, size, together):
-            known = teacher.at(rows, student.device) if teacher else None
-            part = student.judged(windows[rows], known, **weights).loss * ((rows.stop - rows.start) / size)
-            part.backward()
-            loss += float(part.detach())
-        norm = torch.nn.utils.clip_grad_norm_(factors, LARGEST_GRADIENT)
-        if not math.isfinite(loss) or not bool(norm.isfinite()):
-            raise CompressionError(
-                "diverged", f"the loss of training step {step + 1} is not finite: lower learning_rate"
-            )
-        optimizer.param_groups[0]["lr"] = rate_at(config.learning_rate, step, params["total"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
-        context.progress(step - first + 1, last - first, "training steps")
-    return losses
+    teacher = read_logits(context, "teacher") if context.spec.params["phase"] == LREC else None
+
+    def loss_of(rows: slice) -> torch.Tensor:
+        known = teacher.at(rows, student.device) if teacher else None
+        weights = {"temperature": config.temperature, "ce_weight": config.ce_weight}
+        return student.judged(windows[rows], known, **weights).loss
+
+    return optimizer_steps(
+        context,
+        optimizer,
+        windows,
+        loss_of,
+        batch_size=config.batch_size,
+        vocabulary=int(student.model.config.vocab_size),
+        learning_rate=config.learning_rate,
+    )
 
 
 def _beginning(
@@ -143,12 +125,9 @@ def _beginning(
 ) -> dict[str, torch.Tensor]:
     """Factors, and moments where a phase goes on: of the chunk before, of the closed form, or PEFT's own."""
     if before:
-        with TensorFile(context.store.verified_path(before.blobs[STATE_FILE])) as file:
-            return {name: file.tensor(name) for name in file.entries}
+        return read_blob(context, before.blobs[STATE_FILE])
     if "start" in context.spec.inputs:
-        found: dict[str, torch.Tensor] = {}
-        with TensorFile(context.store.verified_path(context.input("start").blobs[ADAPTER_FILE])) as file:
-            return found | {name: file.tensor(name) for name in file.entries}
+        return read_blob(context, context.input("start").blobs[ADAPTER_FILE])
     return lora.fresh(base_method.sides(base), config.rank, context.spec.seed)
 
 
@@ -167,15 +146,7 @@ def _optimizer(student: Student, values: Mapping[str, torch.Tensor], *, steps: i
 
 
 def _round(student: Student, config: Int21Config) -> None:
-    """The factors as they will be stored, so that what is measured last is what is shipped."""
-    dtype = getattr(torch, config.adapter_dtype)
-    with torch.no_grad():
-        for parameter in student.factors.values():
-            if float(parameter.abs().max()) > torch.finfo(dtype).max:
-                raise CompressionError(
-                    "not_finite", f"a factor does not fit {config.adapter_dtype}: set adapter_dtype=bfloat16"
-                )
-            parameter.copy_(parameter.to(dtype))
+    round_parameters(student.factors.values(), config.adapter_dtype, "adapter_dtype", "a factor")
 
 
 def _state(student: Student, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
@@ -185,10 +156,3 @@ def _state(student: Student, optimizer: torch.optim.AdamW) -> dict[str, torch.Te
         found[name] = parameter.detach()
         found[name + FIRST], found[name + SECOND] = moments["exp_avg"], moments["exp_avg_sq"]
     return found
-
-
-def _written(context: StepContext, tensors: Mapping[str, torch.Tensor]) -> str:
-    whole = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    with context.store.writer() as blob:
-        write_file(blob, {name: (Spec("F32", tuple(one.shape)), [raw_bytes(one)]) for name, one in whole.items()})
-    return blob.digest
