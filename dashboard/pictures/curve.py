@@ -14,6 +14,7 @@ from dashboard.pictures.svg import Picture, drawing, element, line, text
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 460, 150, 60, 24
 MOST_POINTS, MOST_ROWS, MOST_DECADES = 200, 50, 5
+SMALL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def _picture(title: str, training: Training) -> Picture:
     floor = HEIGHT - BOTTOM
     shapes = [
         line(LEFT, floor, WIDTH - 8, floor, class_="axis"),
-        text(LEFT - 6, 16, significant(10**scale.high), class_="tick", anchor="end"),
-        text(LEFT - 6, floor - 4, significant(10**scale.low), class_="tick", anchor="end"),
+        text(LEFT - 6, 16, _tick(10**scale.high), class_="tick", anchor="end"),
+        text(LEFT - 6, floor - 4, _tick(10**scale.low), class_="tick", anchor="end"),
         text(LEFT, HEIGHT - 6, "1", class_="tick"),
         text(WIDTH - 8, HEIGHT - 6, scale.steps, class_="tick", anchor="end"),
         text((LEFT + WIDTH) / 2, HEIGHT - 6, _("training step (loss on a log scale)"), class_="note", anchor="middle"),
@@ -76,6 +77,11 @@ def _picture(title: str, training: Training) -> Picture:
         numeric=frozenset({0, 1}),
         note=_note(training),
     )
+
+
+def _tick(value: float) -> str:
+    """Short enough for the margin, however small."""
+    return significant(value) if value >= SMALL else f"{value:.0e}"
 
 
 class _Scale:
@@ -98,7 +104,9 @@ class _Scale:
 
 
 def _ends(training: Training) -> dict[str, object]:
-    losses = [loss for _at, loss in training.drawn]
+    """What the title says; a loss below the scale stands where a step had nothing to learn, and is no end."""
+    drawn = [loss for _at, loss in training.drawn]
+    losses = [loss for loss in drawn if loss * 10**MOST_DECADES >= max(drawn)]
     return {
         "first": significant(losses[0]),
         "last": significant(losses[-1]),

@@ -58,6 +58,15 @@ def test_a_loss_of_nothing_moves_no_other_and_spoils_no_scale() -> None:
     assert picture.rows[3] == (4, "–")
 
 
+def test_a_first_step_without_anything_to_learn_is_no_end_and_its_tick_fits() -> None:
+    picture = training_picture(Training([9.5e-12, 0.3, 0.39], replaces=True))
+    assert picture is not None
+    assert picture.title == "Training: the loss goes from 0.300 to 0.390 in 3 steps"
+    ticks = [one.text or "" for one in shapes(picture, "text", "tick")]
+    assert "4e-06" in ticks
+    assert max(map(len, ticks)) <= 6
+
+
 def test_one_loss_is_no_curve() -> None:
     assert training_picture(Training()) is None
     assert training_picture(Training([1.0, 0.0])) is None
