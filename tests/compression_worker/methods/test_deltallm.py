@@ -1,14 +1,11 @@
-"""Layers that share weights: who follows whom, exact starts, one copy in memory, and what is promised of it."""
+"""Layers that share weights: exact starts, one copy in memory, anchors in codes, and what is promised of it."""
 
 from __future__ import annotations
 
-import json
-import random
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,101 +15,35 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from compression_worker import artifact as artifacts
-from compression_worker import catalog
 from compression_worker.artifact import Artifact
-from compression_worker.checkpoints import Checkpoint, attach_folder, load_folder
-from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput, StepSpec
-from compression_worker.making.inputs import architecture_of
+from compression_worker.checkpoints import load_folder
+from compression_worker.contracts import CompressionError, Json, StepContext, StepSpec
 from compression_worker.methods.deltallm.compress import load_model, load_packed
 from compression_worker.methods.deltallm.config import DeltaLLMConfig
-from compression_worker.methods.deltallm.differences import dense, difference, signs_of
 from compression_worker.methods.deltallm.estimate import estimate, planned
 from compression_worker.methods.deltallm.groups import (
-    Depth,
-    budget,
     highest_rank,
-    parse_groups,
-    picked,
-    rounds,
-    saving,
 )
 from compression_worker.methods.deltallm.layout import DELTAS_FILE, keys
-from compression_worker.methods.deltallm.matrices import SharedMatrix, shareable
-from compression_worker.methods.deltallm.replacement import drawn, probability
 from compression_worker.methods.deltallm.shared import Follower, SharedLinear, without_bias
-from compression_worker.methods.deltallm.student import Student
-from compression_worker.methods.deltallm.training import loss_of, replace_modules, round_factors
 from compression_worker.preflight import Inputs, Model
 from compression_worker.quantization.bases import BASES
-from compression_worker.quantization.learning import HeldOut
 from compression_worker.quantization.low_rank import truncated
-from compression_worker.quantization.teacher import TRAINED, TopLogits, read_logits, read_windows
+from compression_worker.quantization.teacher import TRAINED, read_logits, read_windows
 from compression_worker.runner import Runner, resolve_inputs, run_plan
-from compression_worker.samples import TEXT, parse_samples
-from compression_worker.store import Store
+from tests.compression_worker.methods.sharing import (
+    LAYERS,
+    LEARNING,
+    QUANTIZED,
+    QUICK,
+    TOKENS,
+    Job,
+    Made,
+    logits,
+    starts,
+)
 from tests.families import make_family_pair
 from tests.tiny import make_tiny_pair
-
-SENTENCES = [f"Sentence {n}: the quick brown fox jumps over the lazy dog." for n in range(60)]
-TEXTS = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in SENTENCES)
-LAYERS = 6
-QUICK: Json = {
-    **{"protect_first": 1, "protect_last": 1, "rank": 4, "window_tokens": 16, "measure_windows": 2, "held_out": 2},
-    **{"samples": 4, "length": 16, "teacher_logits": 16, "tokens": 0},
-}
-LEARNING: Json = {"groups": "1:2,3", "tokens": 256, "batch_size": 2, "p0": 0.2, "final_share": 0.25}
-"""Eight optimizer steps."""
-TOKENS = torch.arange(40, 60).view(1, 20)
-
-
-class Job:
-    """A model and a text in a store, and plans that run there."""
-
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.model = folder, model
-        self.store = Store(folder / "store", durable=False)
-        self.inputs = {
-            "variant": attach_folder(self.store, model),
-            "calibration": self.store.write_bytes(parse_samples(TEXTS, TEXT).data),
-        }
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        return Checkpoint.open(self.store, self.inputs["variant"])
-
-    def spec(self, **settings: Any) -> StepSpec:
-        return StepSpec(kind="deltallm.plan", params={"config": QUICK | settings}, inputs=self.inputs, seed=3)
-
-    def planned(self, **settings: Any) -> StepOutput:
-        return Runner(store=self.store, device="cpu").compute(self.spec(**settings), lambda event: None)[1]
-
-    def run(self, **settings: Any) -> Made:
-        return Made(self, run_plan(self.store, self.spec(**settings), device="cpu"))
-
-    def student(self, kinds: tuple[str, ...] = ("mlp",)) -> Student:
-        layers = shareable(self.checkpoint.manifest["config"], architecture_of(self.checkpoint), kinds)
-        return Student.of(self.checkpoint, None, layers, "cpu")
-
-
-class Made:
-    """What came of it."""
-
-    def __init__(self, job: Job, output: StepOutput) -> None:
-        self.job, self.output = job, output
-
-    @cached_property
-    def artifact(self) -> Artifact:
-        return Artifact.open_store(self.job.store, self.output.data["artifact"])
-
-    @property
-    def training(self) -> Json:
-        found: Json = self.artifact.manifest["figures"]["training"]
-        return found
-
-    @property
-    def sharing(self) -> Json:
-        found: Json = self.artifact.manifest["figures"]["sharing"]
-        return found
 
 
 @pytest.fixture(scope="module", name="job")
@@ -124,101 +55,6 @@ def fixture_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.fixture(scope="module", name="made")
 def fixture_made(job: Job) -> Made:
     return job.run(groups="1:2,3")
-
-
-def logits(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(tokens, use_cache=False).logits
-    return found
-
-
-def test_groups_are_read_as_they_are_written() -> None:
-    assert parse_groups(" 4:5, 6; 10:11") == {5: 4, 6: 4, 11: 10}
-    assert parse_groups("") == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("4", "is no group; write anchor:follower"),
-        ("4:five", "is no group"),
-        ("5:4", "an anchor comes before its followers"),
-        ("4:4", "block 4 cannot follow block 4"),
-        ("-1:4", "block 4 cannot follow block -1"),
-        ("1:3;2:3", "block 3 follows twice"),
-        ("1:2;2:3", "block 2 is an anchor and a follower"),
-    ],
-)
-def test_groups_that_contradict_each_other_are_refused(text: str, words: str) -> None:
-    with pytest.raises(CompressionError, match=words) as refused:
-        parse_groups(text)
-    assert refused.value.code == "bad_setting"
-
-
-def test_edges_never_follow_and_may_be_anchors() -> None:
-    depth = Depth(blocks=8, alike=tuple(range(8)), protect_first=2, protect_last=2)
-    assert depth.candidates == (2, 3, 4, 5)
-    assert depth.allowed({}, 1) == {2: 1, 3: 2, 4: 3, 5: 4}
-    assert depth.allowed({4: 3}, 1) == {2: 1, 5: 3}, "3 is an anchor; the nearest one of 5 that shares nothing is 3"
-    assert depth.allowed({}, 4) == {2: 1}, "all four follow block 1, and the first choice cannot be another"
-    assert Depth(blocks=4, alike=(0, 1, 2, 3), protect_first=0, protect_last=0).candidates == (1, 2, 3)
-
-
-def test_choices_of_one_round_do_not_exclude_each_other() -> None:
-    depth = Depth(blocks=8, alike=tuple(range(8)), protect_first=1, protect_last=1)
-    cost = {1: 0.5, 2: 0.2, 3: 0.1, 4: 0.4, 5: 0.3, 6: 0.6}
-    assert picked(cost, depth, {}, 1, 3) == [3]
-    assert picked(cost, depth, {}, 2, 3) == [3, 5], "2 is the anchor of 3"
-    assert picked(cost, depth, {}, 3, 3) == [3, 5, 1], "4 is the anchor of 5, and was measured on 3, which follows"
-    still, chosen = 6, dict[int, int]()
-    while still:
-        for block in picked(cost, depth, chosen, 2, still):
-            chosen[block] = depth.allowed(chosen, still)[block]
-            still -= 1
-    assert sorted(chosen) == [1, 2, 3, 4, 5, 6], "every candidate follows where that is asked for"
-    assert set(chosen.values()) == {0}
-
-
-PHI = [(8192, 3072), (8192, 3072), (3072, 8192)]
-PARAMETERS = 3_821_079_552
-
-
-@pytest.mark.parametrize(
-    ("rank", "delta", "saved", "for_12", "for_24"),
-    [
-        (32, 1.08, 74.4, 6.2, 12.3),
-        (64, 2.16, 73.3, 6.3, 12.5),
-        (100, 3.38, 72.1, 6.4, 12.7),
-        (128, 4.33, 71.2, 6.4, 12.9),
-        (256, 8.65, 66.8, 6.9, 13.7),
-    ],
-)
-def test_the_arithmetic_of_phi_follows_from_shapes(
-    rank: int, delta: float, saved: float, for_12: float, for_24: float
-) -> None:
-    assert saving(PHI, 0) / 1e6 == pytest.approx(75.5, abs=0.05)
-    assert (saving(PHI, 0) - saving(PHI, rank)) / 1e6 == pytest.approx(delta, abs=0.005)
-    assert saving(PHI, rank) / 1e6 == pytest.approx(saved, abs=0.05)
-    assert 0.12 * PARAMETERS / saving(PHI, rank) == pytest.approx(for_12, abs=0.06)
-    assert 0.24 * PARAMETERS / saving(PHI, rank) == pytest.approx(for_24, abs=0.06)
-    depth = Depth(blocks=32, alike=tuple(range(32)), protect_first=2, protect_last=2)
-    for target, count in ((0.12, 7), (0.24, 13 if rank < 256 else 14)):
-        found = budget(PHI, PARAMETERS, depth, target=target, followers=None, rank=rank)
-        assert found.followers == count
-        assert found.rank >= rank
-        assert found.followers * saving(PHI, found.rank) >= target * PARAMETERS
-        assert found.followers * saving(PHI, found.rank + 1) < target * PARAMETERS
-
-
-def test_the_estimate_reads_phi_from_its_config() -> None:
-    config = {
-        **{"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32},
-        **{"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "tie_word_embeddings": False},
-    }
-    model = Model(config=config, parameters=PARAMETERS, weight_bytes=2 * PARAMETERS, size_bytes=2 * PARAMETERS)
-    found = estimate(DeltaLLMConfig(), Inputs(variant=model))
-    assert found.exact
-    assert found.result_bytes == pytest.approx(0.88 * model.weight_bytes, rel=0.002)
 
 
 def test_a_matrix_becomes_the_product_that_is_nearest_to_it() -> None:
@@ -247,18 +83,6 @@ def test_a_large_matrix_is_decomposed_at_random_by_its_seed(monkeypatch: pytest.
     assert torch.equal(torch.random.get_rng_state(), before), "nobody else's random numbers are touched"
     torch.testing.assert_close(b @ a, exact[1] @ exact[0], rtol=1e-3, atol=1e-3)
     assert torch.equal(truncated(decaying, 6, seed=5)[0], a)
-
-
-def starts(student: Student, block: int, anchor: int, rank: int) -> dict[str, Any]:
-    return {
-        one.name: truncated(weight_of(student, one) - weight_of(student, other), rank)
-        for one, other in student.shareable.pairs({block: anchor})
-    }
-
-
-def weight_of(student: Student, matrix: SharedMatrix) -> torch.Tensor:
-    weight: torch.Tensor = student.linear(matrix).weight.detach()
-    return weight.T if matrix.linear.transposed else weight
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
@@ -524,182 +348,12 @@ def test_the_estimate_foretells_steps_and_bytes(job: Job, settings: Json) -> Non
     assert planned(DeltaLLMConfig(), model, model.shapes()) is None, "rank 64 of matrices that have 64 rows"
 
 
-def test_rounds_come_to_all_followers() -> None:
-    assert rounds(7, 2) == [2, 2, 2, 1]
-    assert rounds(2, 5) == [2]
-
-
 def test_a_follower_shows_what_it_is_made_of(job: Job) -> None:
     student = job.student()
     student.put(3, 2, starts(student, 3, 2, 4))
     follower = student.followers["model.layers.3.mlp.up_proj.weight"]
     assert isinstance(follower, Follower)
     assert "rank=4" in repr(follower)
-
-
-def test_probabilities_rise_in_a_line_and_end_in_a_phase_of_certainty() -> None:
-    config = DeltaLLMConfig(p0=0.2, final_share=0.25)
-    found = [probability(config, step, 8) for step in range(8)]
-    assert found == pytest.approx([0.2 + 0.8 * step / 6 for step in range(6)] + [1.0, 1.0])
-    steep = DeltaLLMConfig(p0=0.2, slope=0.5, final_share=0.25)
-    assert [probability(steep, step, 8) for step in range(4)] == pytest.approx([0.2, 0.7, 1.0, 1.0])
-    assert {probability(DeltaLLMConfig(replacement="none"), step, 8) for step in range(8)} == {1.0}
-
-
-def test_draws_depend_on_seed_step_and_place_alone() -> None:
-    places = [
-        (seed, step, block, kind) for seed in range(5) for step in range(100) for block in (3, 4) for kind in "ma"
-    ]
-    draws = [drawn(*place, 0.3) for place in places]
-    assert draws == [drawn(*place, 0.3) for place in places]
-    assert sum(draws) / len(draws) == pytest.approx(0.3, abs=0.04)
-    assert all(drawn(*place, 1.0) for place in places)
-    assert not any(drawn(*place, 0.0) for place in places)
-    more = [drawn(*place, 0.6) for place in places]
-    assert all(later for earlier, later in zip(draws, more, strict=True) if earlier), "no module goes back as p rises"
-
-
-def test_modules_are_replaced_one_by_one(job: Job) -> None:
-    student = job.student(("mlp", "attention"))
-    for block in (2, 3):
-        student.put(block, 1, starts(student, block, 1, 4))
-    config = DeltaLLMConfig(modules="mlp_attention", p0=0.5, final_share=0.5)
-    seen = set()
-    for step in range(20):
-        replace_modules(student, config, 3, step, 40)
-        seen.add(tuple(switch.new for switch in student.switches.values()))
-    assert len(seen) > 4, "MLP and attention of either block draw by themselves"
-    replace_modules(student, config, 3, 20, 40)
-    assert all(switch.new for switch in student.switches.values())
-
-
-def test_gradients_reach_the_factors_of_modules_that_go_the_new_way_alone(job: Job) -> None:
-    student = job.student()
-    for block in (2, 3):
-        student.put(block, 1, starts(student, block, 1, 4))
-    for parameter in student.factors.values():
-        parameter.requires_grad_(True)
-    student.share([3])
-    student.judged(TOKENS, None).loss.backward()
-    reached = {name for name, parameter in student.model.named_parameters() if parameter.grad is not None}
-    assert reached == {
-        f"model.layers.3.mlp.{side}_proj.shared.difference.{factor}"
-        for side in ("gate", "up", "down")
-        for factor in "AB"
-    }
-    student.share([])
-    assert not student.judged(TOKENS, None).loss.requires_grad
-
-
-@pytest.mark.parametrize("settings", [{}, {"epochs": 2, "modules": "mlp_attention"}, {"replacement": "none"}])
-def test_a_run_in_small_chunks_gives_the_bytes_of_one_in_one_go(job: Job, settings: Json) -> None:
-    one, many = job.run(**LEARNING | settings), job.run(chunk_tokens=32, **LEARNING | settings)
-    assert one.output.blobs[DELTAS_FILE] == many.output.blobs[DELTAS_FILE]
-    assert one.training["losses"] == many.training["losses"]
-    assert one.training["kl_after"] == many.training["kl_after"]
-    assert len(many.training["curve"]) > len(one.training["curve"]) == 1 + settings.get("epochs", 1)
-
-
-class Killed(Exception):
-    pass
-
-
-def test_a_job_that_is_killed_at_twenty_places_ends_with_the_same_bytes(job: Job) -> None:
-    settings = {**LEARNING, "groups": "", "followers": 2, "picks_per_round": 1, "chunk_tokens": 64}
-    whole = job.run(**settings)
-    generator = random.Random(11)
-    digests: list[str] = []
-    deaths = 0
-    steps = job.planned(**settings).steps
-    training = [at for at, step in enumerate(steps) if step.kind == "deltallm.train"]
-    doomed = generator.choices(range(1, len(steps)), k=8) + generator.choices(training, k=12)
-    for at, step in enumerate(steps):
-        spec = StepSpec(kind=step.kind, params=step.params, inputs=resolve_inputs(step.inputs, digests), seed=step.seed)
-        for _ in range(doomed.count(at)):
-            with pytest.raises(Killed):
-                speaking(job, spec, generator.randrange(speaking(job, spec, None)))
-            deaths += 1
-        digests.append(Runner(store=job.store, device="cpu").compute(spec, lambda event: None)[0])
-    assert deaths == 20
-    output = StepOutput.from_bytes(job.store.read_bytes(digests[-1]))
-    assert output.blobs == whole.output.blobs
-
-
-def speaking(job: Job, spec: StepSpec, dies_at: int | None) -> int:
-    """Compute a step; how often it spoke of progress. It dies when it speaks for the time ``dies_at``, from 0."""
-    spoken = 0
-
-    def speak(done: int, total: int, unit: str) -> None:
-        nonlocal spoken
-        if spoken == dies_at:
-            raise Killed
-        spoken += 1
-
-    def nothing(*words: object) -> None:
-        pass
-
-    catalog.step_function(spec.kind)(
-        StepContext(store=job.store, spec=spec, progress=speak, log=nothing, measure=nothing)
-    )
-    return spoken
-
-
-def test_training_brings_the_model_nearer_to_what_it_was(job: Job) -> None:
-    made = job.run(**LEARNING | {"tokens": 1024, "learning_rate": 3e-3})
-    training = made.training
-    assert training["tokens"] == 1024
-    assert len(training["losses"]) == len(training["probabilities"]) == 32
-    assert training["probabilities"][0] == 0.2
-    assert training["kl_fell"]
-    assert training["kl_after"] < 0.95 * training["kl_before"] == made.sharing["kl_before_training"] * 0.95
-    source, raw = load_file(job.model / "model.safetensors"), load_file(made.artifact.paths["raw.safetensors"])
-    assert all(torch.equal(tensor, source[name]) for name, tensor in raw.items()), "nothing but the factors has learned"
-
-
-def test_what_is_measured_last_is_what_is_shipped(job: Job) -> None:
-    made = job.run(**LEARNING)
-    assert shipped(job, made, LEARNING) == pytest.approx(made.training["kl_after"], rel=1e-5)
-
-
-def shipped(job: Job, made: Made, settings: Json) -> float:
-    """The divergence of the artifact's own model on held-out text."""
-    model: Any = load_model(None, made.artifact, "cpu", torch.float32)
-    runner, digests = Runner(store=job.store, device="cpu"), list[str]()
-    for step in job.planned(**settings).steps[:2]:
-        spec = StepSpec(kind=step.kind, params=step.params, inputs=resolve_inputs(step.inputs, digests), seed=step.seed)
-        digests.append(runner.compute(spec, lambda event: None)[0])
-    context = StepContext(
-        store=job.store,
-        spec=StepSpec(kind="deltallm.train", inputs={"text": digests[0], "held_out": digests[1]}),
-        progress=lambda done, total, unit: None,
-        log=lambda text, level: None,
-        measure=lambda name, value: None,
-    )
-    layers = shareable(job.checkpoint.manifest["config"], architecture_of(job.checkpoint), ("mlp",))
-    kl: float = HeldOut(context).measured(Student(model, layers, "cpu"), 0, "shipped")["kl"]
-    return kl
-
-
-def test_a_plain_distillation_lets_the_old_weights_go(job: Job) -> None:
-    student = job.student()
-    student.put(3, 2, starts(student, 3, 2, 4))
-    shared = logits(student.model)
-    student.forget()
-    assert torch.equal(logits(student.model), shared)
-    with pytest.raises(IndexError):
-        _ = student.followers["model.layers.3.mlp.up_proj.weight"].original
-
-
-def test_a_factor_that_fp16_cannot_hold_is_refused(job: Job) -> None:
-    student = job.student()
-    student.put(3, 2, starts(student, 3, 2, 4))
-    next(iter(student.factors.values())).data.fill_(1e6)
-    with pytest.raises(CompressionError, match="set delta_dtype=bfloat16"):
-        round_factors(student, DeltaLLMConfig())
-    round_factors(student, DeltaLLMConfig(delta_dtype="bfloat16"))
-
-
-QUANTIZED: Json = {"groups": "1:2,3", "num_bits": 4, "samples": 4, "length": 32}
 
 
 @pytest.mark.parametrize(("base_method", "modules"), [*((name, "mlp") for name in BASES), ("gptq", "mlp_attention")])
@@ -811,84 +465,3 @@ model.generate(torch.arange(40, 44).view(1, 4), max_new_tokens=2)
     (tmp_path / "artifact" / DELTAS_FILE).write_bytes(b"damaged")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert f"'{DELTAS_FILE}' has 7 bytes" in done.stderr
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_adapters_are_merged_into_what_is_not_shared(family: str, tmp_path: Path) -> None:
-    folder = make_family_pair(tmp_path, family, dtype=torch.float32)[0]
-    job = Job(tmp_path, folder)
-    settings = {**LEARNING, "groups": "0:1", "rank": 2, "train": "deltas_lora", "lora_rank": 2, "learning_rate": 3e-3}
-    made = job.run(**settings, delta_dtype="float32")
-    source, raw = load_file(folder / "model.safetensors"), load_file(made.artifact.paths["raw.safetensors"])
-    changed = {name for name, tensor in raw.items() if not torch.equal(tensor, source[name])}
-    attention = "self_attn" if family == "llama" else "attn.c"
-    assert changed == {name for name in raw if attention in name and name.endswith("weight")}, "no anchor, no norm"
-    assert made.training["kl_after"] < made.training["kl_before"]
-    matrices = {line["name"]: line for line in made.artifact.manifest["figures"]["matrices"]}
-    assert {name for name, line in matrices.items() if line["coding"] == "whole, tuned"} == changed
-    assert all(0 < matrices[name]["relative_error"] < 1 for name in changed)
-    assert shipped(job, made, settings) == pytest.approx(made.training["kl_after"], rel=1e-3)
-    again = job.run(**settings, delta_dtype="float32", chunk_tokens=64)
-    assert again.output.blobs["raw.safetensors"] == made.output.blobs["raw.safetensors"]
-
-
-def test_hidden_states_come_near_to_those_of_the_old_way(job: Job) -> None:
-    student, config = job.student(), DeltaLLMConfig(hidden_weight=10.0)
-    for block in (2, 3):
-        student.put(block, 1, starts(student, block, 1, 4))
-    known = TopLogits.of(logits(student.model)[:, :-1], 16)
-    plain = DeltaLLMConfig()
-    ways = [(0.0, []), (1.0, [3]), (2.0, [2, 3])]
-    more = []
-    for _, blocks in ways:
-        student.share(blocks)
-        more.append(float(loss_of(student, TOKENS, known, config) - loss_of(student, TOKENS, known, plain)))
-        assert [switch.new for switch in student.switches.values()] == [block in blocks for block in (2, 3)]
-    assert more[0] == 0
-    assert 0 < more[1] < more[2]
-    with torch.no_grad():
-        student.share([])
-        _, old = student.hidden(TOKENS)
-        student.share([3])
-        _, new = student.hidden(TOKENS)
-    assert more[1] == pytest.approx(10 * float((new[3] - old[3]).square().mean()) / 2, rel=1e-3)
-    assert job.run(**LEARNING, hidden_weight=1.0).training["losses"] != job.run(**LEARNING).training["losses"]
-
-
-def test_a_difference_of_signs_is_the_best_multiple_of_them() -> None:
-    generator = torch.Generator().manual_seed(1)
-    delta = torch.randn((6, 40), generator=generator)
-    pieces = signs_of(delta)
-    made = dense(pieces, 40)
-    assert set(made.abs().flatten().tolist()) == {float(pieces[1])}
-    assert torch.equal(made.sign(), torch.where(delta >= 0, 1.0, -1.0))
-    for factor in (0.9, 1.1):
-        assert (delta - factor * made).square().sum() > (delta - made).square().sum()
-    x = torch.randn((2, 3, 40), generator=generator)
-    torch.testing.assert_close(difference(pieces)(x), x @ made.T)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_differences_may_be_signs_whose_scales_learn(family: str, tmp_path: Path) -> None:
-    job = Job(tmp_path, make_family_pair(tmp_path, family)[0])
-    settings = {**LEARNING, "groups": "0:1", "share_form": "sign", "learning_rate": 3e-3}
-    made = job.run(**settings)
-    table = made.artifact.manifest["tensors"]
-    shared = {name: entry for name, entry in table.items() if entry["kind"] == "shared"}
-    stored = load_file(made.artifact.paths[DELTAS_FILE])
-    assert stored.keys() == {key for name in shared for key in keys(name, "sign")}
-    parts = {part["name"]: part["bytes"] for part in made.artifact.parts}
-    assert parts["deltas"] == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-    begun = job.run(**settings | {"tokens": 0})
-    first = load_file(begun.artifact.paths[DELTAS_FILE])
-    for name in shared:
-        signs, scale = keys(name, "sign")
-        assert torch.equal(stored[signs], first[signs])
-        assert not torch.equal(stored[scale], first[scale])
-    assert made.training["kl_after"] < made.training["kl_before"]
-    assert shipped(job, made, settings) == pytest.approx(made.training["kl_after"], rel=1e-4)
-    model, whole = (load_model(None, made.artifact, "cpu", torch.float32, dense=one) for one in (False, True))
-    torch.testing.assert_close(logits(model), logits(whole), rtol=1e-4, atol=1e-4)
-    assert made.sharing["operations"]["after"] > made.sharing["operations"]["before"]
-    again = job.run(**settings, chunk_tokens=64)
-    assert again.output.blobs[DELTAS_FILE] == made.output.blobs[DELTAS_FILE]
