@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
-from dashboard.formats import byte_words, percent_words, whole
+from dashboard.formats import byte_words, fixed, percent_words, whole
 from dashboard.lifecycle import StepState
 from dashboard.models import Artifact, Step
 from dashboard.pictures import Candidate, Round, Sharing
@@ -62,6 +63,8 @@ def savings(artifact: Artifact) -> list[str]:
         found.append(_saved(parameters, _bytes_saved(artifact.figures)))
     if operations := told.get("operations"):
         found.append(_not_saved(operations))
+    if scales := told.get("scales"):
+        found.append(_scaled(list(scales.values())))
     return found
 
 
@@ -75,6 +78,8 @@ def sharing_words(artifact: Artifact) -> str:
         ngettext("%(count)s follower", "%(count)s followers", count) % {"count": whole(count)},
         _("rank %(rank)s") % {"rank": told["rank"]} if told["rank"] else _("signs"),
     ]
+    if told.get("scales"):
+        words.append(_("scaled anchors"))
     if artifact.config.get("base_method", "none") != "none":
         words.append(_("%(bits)s-bit anchors") % {"bits": artifact.config["num_bits"]})
     return ", ".join(words)
@@ -158,3 +163,11 @@ def _not_saved(operations: Mapping[str, Any]) -> str:
         )
         % words
     )
+
+
+def _scaled(scales: Sequence[float]) -> str:
+    sizes = sorted(abs(scale) for scale in scales)
+    return _(
+        "Anchors are scaled: half of the shared matrices use their anchor's weight at %(middle)s or less, the most at "
+        "%(largest)s. Near 0 an anchor gives its follower almost nothing, and the difference is all that is left."
+    ) % {"middle": fixed(statistics.median(sizes), 2), "largest": fixed(sizes[-1], 2)}

@@ -20,7 +20,7 @@ from compression_worker.contracts import CompressionError, Json, StepContext, St
 from compression_worker.making.blobs import read_blob, write_pieces
 from compression_worker.making.inputs import architecture_of, opened
 from compression_worker.making.table import six_digits
-from compression_worker.methods.deltallm.config import LOW_RANK, SIGN, DeltaLLMConfig
+from compression_worker.methods.deltallm.config import DeltaLLMConfig
 from compression_worker.methods.deltallm.differences import Pieces
 from compression_worker.methods.deltallm.factors import Starts
 from compression_worker.methods.deltallm.groups import Depth, picked
@@ -112,7 +112,7 @@ class _Round:
         name = pair_file(follower, anchor)
         if name not in self.blobs:
             self.blobs[name] = _written(self._context, self._starts.of(self._layers, follower, anchor), self._form)
-        self._student.put(follower, anchor, read_factors(self._context, self.blobs[name]))
+        self._student.put(follower, anchor, read_factors(self._context, self.blobs[name], self._form))
 
     def _measured(self, candidates: list[int]) -> dict[int, float]:
         """The mean divergence over windows of each candidate beside those chosen so far."""
@@ -164,12 +164,11 @@ def pair_file(follower: int, anchor: int) -> str:
     return f"start-{follower:05d}-on-{anchor:05d}.safetensors"
 
 
-def read_factors(context: StepContext, digest: str) -> dict[str, Pieces]:
+def read_factors(context: StepContext, digest: str, form: str) -> dict[str, Pieces]:
     """Pieces by name of weight, as stored."""
     found = read_blob(context, digest)
-    form = SIGN if any(key.endswith("#scale") for key in found) else LOW_RANK
     names = dict.fromkeys(key.partition("#")[0] for key in found)
-    return {name: (found[first], found[second]) for name in names for first, second in [keys(name, form)]}
+    return {name: tuple(found[key] for key in keys(name, form)) for name in names}
 
 
 def _written(context: StepContext, factors: Mapping[str, Pieces], form: str) -> str:

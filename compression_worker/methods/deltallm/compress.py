@@ -96,6 +96,7 @@ def _budget(config: DeltaLLMConfig, depth: Depth, layers: Shareable, parameters:
         target=config.target_reduction,
         followers=config.followers,
         rank=rank,
+        beside=config.scales_of(len(layers.sides)),
     )
 
 
@@ -269,10 +270,10 @@ def assemble_step(context: StepContext) -> StepOutput:
         lines = {name: entry for name, entry in table.items() if entry["kind"] != "raw"} | lines
         blobs = base_files(context, base, deltas.lines)
     weigh = layout.weighing(weigh_of(config.base_method) if base else None)
-    made = figures.made(context, config, {**_raw_lines(checkpoint, raw), **lines}, deltas.errors, weigh)
+    made = figures.made(context, config, {**_raw_lines(checkpoint, raw), **lines}, deltas.errors, deltas.scales, weigh)
     parcel = Parcel(
         method=METHOD,
-        layout=layout.layout(base_of(base) if base else None),
+        layout=layout.layout(base_of(base) if base else None, config.share_form),
         lines=lines,
         rest=StepOutput(data={"raw": raw}),
         blobs={**blobs, layout.DELTAS_FILE: deltas.digest},
@@ -324,10 +325,9 @@ def _factors(context: StepContext, groups: Mapping[int, int], form: str) -> dict
     found: dict[str, Pieces] = {}
     blobs = context.input("chosen").blobs
     for follower, anchor in groups.items():
-        found |= read_factors(context, blobs[pair_file(follower, anchor)])
+        found |= read_factors(context, blobs[pair_file(follower, anchor)], form)
     if "trained" in context.spec.inputs:
         state = read_blob(context, context.input("trained").blobs[STATE_FILE])
-        for name, (first, second) in found.items():
-            one, other = layout.keys(name, form)
-            found[name] = (state.get(one, first), state.get(other, second))  # signs do not learn
+        for name, pieces in found.items():  # signs do not learn
+            found[name] = tuple(state.get(key, one) for key, one in zip(layout.keys(name, form), pieces, strict=True))
     return found

@@ -23,7 +23,8 @@ FOR_BASE = ("num_bits", "group_size", "samples", "length")
 """Settings that are handed to the method of a packed base, where it has them."""
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 DELTA_DTYPES = tuple(ITEM_BYTES)
-LOW_RANK, SIGN = "low_rank", "sign"
+LOW_RANK, SCALED, SIGN = "low_rank", "scaled", "sign"
+FORMS = (LOW_RANK, SCALED, SIGN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,10 +262,11 @@ class DeltaLLMConfig:
         metadata={
             "label": "Form of a difference",
             "help": (
-                "low_rank: two factors, as published. sign: one bit a weight and one scale, to compare with at equal "
-                "bytes; needs followers or groups."
+                "low_rank: two factors, as published. scaled: the anchor's weight is also multiplied with a number of "
+                "each matrix, fitted and trained: nearer where layers are not alike. sign: one bit a weight and one "
+                "scale, to compare with at equal bytes; needs followers or groups."
             ),
-            "choices": (LOW_RANK, SIGN),
+            "choices": FORMS,
             "advanced": True,
         },
     )
@@ -343,7 +345,7 @@ class DeltaLLMConfig:
         whole_number("teacher_logits", self.teacher_logits, 1, 1 << 20)
         whole_number("held_out", self.held_out, 1, 10_000)
         one_of("delta_dtype", self.delta_dtype, DELTA_DTYPES)
-        one_of("share_form", self.share_form, (LOW_RANK, SIGN))
+        one_of("share_form", self.share_form, FORMS)
         if self.share_form == SIGN and self.start != "svd":
             raise CompressionError(
                 "bad_setting", f"start is {self.start!r}; differences of signs have one start: leave it"
@@ -366,6 +368,10 @@ class DeltaLLMConfig:
     def tunes_others(self) -> bool:
         """Whether linears that are not shared learn too."""
         return self.train == "deltas_lora" and self.tokens > 0
+
+    def scales_of(self, matrices: int) -> int:
+        """How many numbers a follower of so many matrices keeps beside its factors."""
+        return matrices if self.share_form == SCALED else 0
 
     @property
     def quantizes(self) -> bool:

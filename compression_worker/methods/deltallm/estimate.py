@@ -33,11 +33,15 @@ ATTENTION = {7: 4, 4: 2}
 
 @dataclass(frozen=True)
 class Plan:
-    """What arithmetic on shapes says: how many follow at what rank, and the sides of one block's shared matrices."""
+    """What arithmetic on shapes says: how many follow at what rank, and the sides of one block's shared matrices.
+
+    ``scales``: numbers that a follower keeps beside its factors.
+    """
 
     size: Budget
     depth: Depth
     sides: tuple[tuple[int, int], ...]
+    scales: int = 0
 
     @property
     def is_signs(self) -> bool:
@@ -48,7 +52,7 @@ class Plan:
         """What is trained of differences: factors, or a scale of each matrix."""
         if self.is_signs:
             return self.size.followers * len(self.sides)
-        return self.size.followers * self.size.rank * sum(n + k for n, k in self.sides)
+        return self.size.followers * (self.size.rank * sum(n + k for n, k in self.sides) + self.scales)
 
     def delta_bytes(self, item_bytes: int) -> int:
         """Differences as stored."""
@@ -117,11 +121,18 @@ def planned(config: DeltaLLMConfig, model: Model, shapes: Shapes | None) -> Plan
             check_rank(sides, rank)
             size = Budget(len(config.by_hand), rank)
         else:
-            target = config.target_reduction
-            size = budget(sides, model.parameters, depth, target=target, followers=config.followers, rank=rank)
+            size = budget(
+                sides,
+                model.parameters,
+                depth,
+                target=config.target_reduction,
+                followers=config.followers,
+                rank=rank,
+                beside=config.scales_of(len(sides)),
+            )
     except CompressionError:
         return None
-    return Plan(size, depth, sides)
+    return Plan(size, depth, sides, config.scales_of(len(sides)))
 
 
 def cheaper(config: DeltaLLMConfig) -> Iterator[DeltaLLMConfig]:

@@ -1,4 +1,4 @@
-"""How differences begin: ``B A`` in the place of ``W_l - W_a``, one matrix at a time."""
+"""How differences begin: ``B A`` in the place of ``W_l - W_a`` or ``W_l - c W_a``, one matrix at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 
 from compression_worker.contracts import sha256
-from compression_worker.methods.deltallm.config import SIGN, DeltaLLMConfig
+from compression_worker.methods.deltallm.config import SCALED, SIGN, DeltaLLMConfig
 from compression_worker.methods.deltallm.differences import Pieces, is_signs, signs_of
 from compression_worker.methods.deltallm.matrices import Shareable, SharedMatrix
 from compression_worker.methods.deltallm.sources import Sources
@@ -35,20 +35,33 @@ class Starts:
     def _one(self, follower: SharedMatrix, anchor: SharedMatrix) -> Pieces:
         seed = int(sha256(f"{self._seed} {follower.name} {anchor.name}".encode())[:15], 16)
         if self._config.start == "zero":
-            return _zero(follower.sides, self._rank, seed)
-        delta = (self._sources.own(follower) - self._sources.anchor(anchor)).to(self._device)
+            return (*_zero(follower.sides, self._rank, seed), *self._scale(torch.ones(1)))
+        own, theirs = (self._sources.own(follower).to(self._device), self._sources.anchor(anchor).to(self._device))
         if self._config.share_form == SIGN:
-            return signs_of(delta)
-        if self._hessians is None:
-            return truncated(delta, self._rank, seed)
-        a, b, _ = closed_form(delta, self._hessians.of(follower.name).to(delta.device), self._rank)
-        return a, b
+            return signs_of(own - theirs)
+        hessian = None if self._hessians is None else self._hessians.of(follower.name).to(own.device)
+        scale = self._scale(likeness(own, theirs, hessian))
+        delta = own - scale[0].to(own) * theirs if scale else own - theirs
+        if hessian is None:
+            return (*truncated(delta, self._rank, seed), *scale)
+        a, b, _ = closed_form(delta, hessian, self._rank)
+        return (a, b, *scale)
+
+    def _scale(self, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``c`` as it is stored, in the form that has one."""
+        return (c.to("cpu", self._dtype),) if self._config.share_form == SCALED else ()
 
     def _rounded(self, factors: Pieces) -> Pieces:
         if is_signs(factors):
             return factors
-        a, b = (one.to("cpu", self._dtype).contiguous() for one in factors)
-        return a, b
+        return tuple(one.to("cpu", self._dtype).contiguous() for one in factors)
+
+
+def likeness(own: torch.Tensor, anchor: torch.Tensor, hessian: torch.Tensor | None) -> torch.Tensor:
+    """``c (1,)`` with ``c W_a`` nearest to ``W_l``, both ``(N, K)``: in the metric of the inputs where there is one."""
+    weighed = anchor.double() if hessian is None else anchor.double() @ hessian.double()
+    size = (weighed * anchor).sum()
+    return ((weighed * own).sum() / size).reshape(1) if size > 0 else torch.zeros(1, dtype=torch.float64)
 
 
 def _zero(sides: tuple[int, int], rank: int, seed: int) -> Pieces:

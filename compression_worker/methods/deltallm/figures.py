@@ -15,9 +15,17 @@ from compression_worker.tensors import ITEM_SIZES
 
 
 def made(
-    context: StepContext, config: DeltaLLMConfig, table: Mapping[str, Json], errors: Mapping[str, float], weigh: Weigh
+    context: StepContext,
+    config: DeltaLLMConfig,
+    table: Mapping[str, Json],
+    errors: Mapping[str, float],
+    scales: Mapping[str, float],
+    weigh: Weigh,
 ) -> Json:
-    """All figures. ``table``: the lines of all tensors; ``errors``: of shared weights; ``weigh``: how a line weighs."""
+    """All figures. ``table``: the lines of all tensors; ``errors`` and ``scales``: of shared weights.
+
+    ``weigh``: how a line weighs.
+    """
     chosen, manifest = context.input("chosen").data, opened(context, "variant").manifest
     base = base_input(context)
     linears = [linear.name for linear in architecture_of(opened(context, "variant")).linears()]
@@ -37,6 +45,7 @@ def made(
             "kl_before_training": chosen["curve"][-1]["kl"],
             "parameters": parameters(manifest["parameters"], table),
             "operations": operations(table, manifest),
+            **({"scales": dict(scales)} if scales else {}),
         },
         "training": _training(context, config),
     }

@@ -125,10 +125,12 @@ def budget(
     target: float | None,
     followers: int | None,
     rank: int,
+    beside: int = 0,
 ) -> Budget:
     """As few followers as reach ``target`` (a share of ``parameters``) at ``rank``, then the highest rank that does.
 
-    ``followers`` overrules the target. Refuses a model without shareable layers, and what cannot be met.
+    ``followers`` overrules the target; ``beside``: parameters that a follower keeps beside its factors. Refuses a model
+    without shareable layers, and what cannot be met.
     """
     most = len(depth.candidates)
     if not most:
@@ -144,9 +146,9 @@ def budget(
         return Budget(followers, rank)
     assert target is not None
     wanted = target * parameters
-    needed = math.ceil(wanted / saving(sides, rank))
+    needed = math.ceil(wanted / (saving(sides, rank) - beside))
     if needed > most:
-        reached, ever = (100 * most * saving(sides, one) / parameters for one in (rank, 1))
+        reached, ever = (100 * most * (saving(sides, one) - beside) / parameters for one in (rank, 1))
         raise CompressionError(
             "target_out_of_reach",
             f"target_reduction is {target:g}, and {most} followers of rank {rank} save {reached:.3g} % of the "
@@ -155,7 +157,7 @@ def budget(
         )
     # s(r) falls by the same amount with each rank.
     step = saving(sides, 0) - saving(sides, 1)
-    most_rank = min(math.floor((saving(sides, 0) - wanted / needed) / step), highest_rank(sides))
+    most_rank = min(math.floor((saving(sides, 0) - beside - wanted / needed) / step), highest_rank(sides))
     return Budget(needed, max(rank, most_rank))
 
 

@@ -14,9 +14,8 @@ from compression_worker.contracts import CompressionError
 from compression_worker.making.beneath import as_base, implementation
 from compression_worker.making.loading import dense_model, module_path, pack_modules
 from compression_worker.making.reading import ArtifactTensors
-from compression_worker.making.table import sides_of
 from compression_worker.methods.deltallm.differences import Pieces, dense
-from compression_worker.methods.deltallm.layout import keys, layout
+from compression_worker.methods.deltallm.layout import is_known, keys
 from compression_worker.methods.deltallm.shared import SharedLinear
 from compression_worker.tensors import TensorFiles
 
@@ -26,7 +25,7 @@ class SharedTensors(ArtifactTensors):
 
     def __init__(self, artifact: Artifact) -> None:
         said, places = artifact.manifest["layout"], dict[str, Path]()
-        if said != layout(said.get("base")):
+        if not is_known(said):
             raise CompressionError(
                 "unknown_format", "the artifact shares layers in a way that this version does not know"
             )
@@ -40,8 +39,7 @@ class SharedTensors(ArtifactTensors):
 
     def pieces(self, name: str) -> Pieces:
         """What is stored of a shared weight."""
-        first, second = (self._own.file(key).tensor(key) for key in keys(name, self.table[name]["form"]))
-        return first, second
+        return tuple(self._own.file(key).tensor(key) for key in keys(name, self.table[name]["form"]))
 
     def tiles_of(self, name: str) -> Iterator[torch.Tensor]:
         entry = self.table[name]
@@ -49,8 +47,11 @@ class SharedTensors(ArtifactTensors):
             assert self._base is not None
             yield from self._base.tiles_of(name)
             return
-        added = dense(self.pieces(name), sides_of(entry)[1])
-        yield self.tensor(entry["anchor"], torch.float32) + (added.T if entry.get("transposed") else added)
+        anchor = self.tensor(entry["anchor"], torch.float32)
+        if entry.get("transposed"):
+            yield dense(self.pieces(name), anchor.T).T
+        else:
+            yield dense(self.pieces(name), anchor)
 
 
 def base_of_artifact(artifact: Artifact) -> Artifact | None:

@@ -1,4 +1,4 @@
-"""A linear that keeps no weight: ``y = x W_a^T + x D^T + bias``, with a difference ``D`` of few bytes.
+"""A linear that keeps no weight: its anchor's product, a difference of few bytes, and a bias.
 
 ``W_a`` is the anchor's own, dense or packed: it lies in memory once, it is no part of this module's state, and it moves
 with the anchor alone. DeltaLLM, arXiv:2501.18596.
@@ -30,7 +30,7 @@ class SharedLinear(torch.nn.Module):
         return self._anchor[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = without_bias(self.anchor, x) + self.difference(x)
+        y: torch.Tensor = self.difference(x, without_bias(self.anchor, x))
         return y if self.bias is None else y + self.bias
 
 

@@ -11,8 +11,8 @@ from compression_worker.artifact import Artifact
 from compression_worker.contracts import CompressionError, Json, StepContext, sha256
 from compression_worker.making.blobs import write_blob
 from compression_worker.making.inputs import opened
-from compression_worker.making.table import RAW_FILE, relative_error
-from compression_worker.methods.deltallm.config import SIGN, DeltaLLMConfig
+from compression_worker.making.table import RAW_FILE, relative_error, six_digits
+from compression_worker.methods.deltallm.config import SCALED, SIGN, DeltaLLMConfig
 from compression_worker.methods.deltallm.differences import Pieces, dense
 from compression_worker.methods.deltallm.layout import DELTAS_FILE, keys
 from compression_worker.methods.deltallm.matrices import SharedMatrix
@@ -26,13 +26,18 @@ Pair = tuple[SharedMatrix, SharedMatrix]
 
 
 class Deltas:
-    """The file of all factors; ``lines`` of the table, and ``errors``: ``|W - (W_a + B A)| / |W|``, of each weight."""
+    """The file of all factors; ``lines`` of the table, of each weight.
+
+    ``errors``: how far each is from what it was, relative to it; ``scales``: what its anchor is multiplied with, in the
+    form that does so.
+    """
 
     def __init__(
         self, context: StepContext, config: DeltaLLMConfig, pairs: Sequence[Pair], factors: Mapping[str, Pieces]
     ) -> None:
         self.lines: dict[str, Json] = {}
         self.errors: dict[str, float] = {}
+        self.scales: dict[str, float] = {}
         self._config, self._theirs = config, opened(context, "variant").manifest["tensors"]
         dtype: torch.dtype = getattr(torch, config.delta_dtype)
         flat: dict[str, torch.Tensor] = {}
@@ -40,18 +45,19 @@ class Deltas:
             for done, (follower, anchor) in enumerate(pairs, start=1):
                 pieces = factors[follower.name]
                 if config.share_form != SIGN:
-                    pieces = (pieces[0].to("cpu", dtype).contiguous(), pieces[1].to("cpu", dtype).contiguous())
+                    pieces = tuple(one.to("cpu", dtype).contiguous() for one in pieces)
                 flat |= dict(zip(keys(follower.name, config.share_form), pieces, strict=True))
                 self.lines[follower.name] = self._line(follower, anchor, pieces)
-                made = sources.anchor(anchor) + dense(pieces, follower.linear.inputs)
+                if config.share_form == SCALED:
+                    self.scales[follower.name] = six_digits(float(pieces[-1]))
+                made = dense(pieces, sources.anchor(anchor))
                 self.errors[follower.name] = _distance(made, sources.own(follower))
                 context.progress(done, len(pairs), "matrices")
         self.digest = write_blob(context, dict(sorted(flat.items())))
 
     def _line(self, follower: SharedMatrix, anchor: SharedMatrix, pieces: Pieces) -> Json:
-        a, b = pieces
         form = self._config.share_form
-        if not bool(a.isfinite().all() and b.isfinite().all()):
+        if not all(bool(one.isfinite().all()) for one in pieces):
             raise CompressionError(
                 "not_finite",
                 f"a factor of '{follower.name}' does not fit {self._config.delta_dtype}: set delta_dtype=bfloat16",
@@ -63,10 +69,10 @@ class Deltas:
             "shape": list(follower.linear.shape),
             "anchor": anchor.name,
             "form": form,
-            "sha256": sha256(bytes(raw_bytes(a)) + bytes(raw_bytes(b))),
+            "sha256": sha256(b"".join(bytes(raw_bytes(one)) for one in pieces)),
         }
         if form != SIGN:
-            line |= {"rank": len(a), "delta_dtype": self._config.delta_dtype}
+            line |= {"rank": len(pieces[0]), "delta_dtype": self._config.delta_dtype}
         return line | {"transposed": True} if follower.linear.transposed else line
 
 

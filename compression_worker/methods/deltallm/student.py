@@ -125,5 +125,4 @@ class Student:
 
 def _trainable(pieces: Pieces, device: str) -> Pieces:
     """On the device, everything but packed signs in fp32."""
-    first, second = (one.to(device) if one.dtype == torch.int32 else one.to(device, torch.float32) for one in pieces)
-    return first, second
+    return tuple(one.to(device) if one.dtype == torch.int32 else one.to(device, torch.float32) for one in pieces)

@@ -76,7 +76,9 @@ def learner(context: StepContext, config: DeltaLLMConfig) -> Student:
     layers = shareable(checkpoint.manifest["config"], architecture_of(checkpoint), config.kinds)
     student = Student.of(checkpoint, base_input(context), layers, context.device)
     for follower, anchor in sorted((int(one), anchor) for one, anchor in chosen.data["groups"].items()):
-        student.put(follower, anchor, read_factors(context, chosen.blobs[pair_file(follower, anchor)]))
+        student.put(
+            follower, anchor, read_factors(context, chosen.blobs[pair_file(follower, anchor)], config.share_form)
+        )
     if config.tunes_others:
         pairs = layers.pairs({int(one): anchor for one, anchor in chosen.data["groups"].items()})
         others = unshared(checkpoint.manifest["config"], architecture_of(checkpoint), pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shutil
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -29,11 +29,12 @@ from tests.benchmarks.contest import Contest, cells, run, silent, with_arguments
 from tests.benchmarks.delta_peers.measure import Remembered, figures
 from tests.benchmarks.layer_sharing import __doc__ as description
 from tests.benchmarks.layer_sharing.peers import PEERS, Impossible, parameters
+from tests.benchmarks.layer_sharing.rows import SharingRow, listed
 from tests.benchmarks.layer_sharing.training import Lesson, merged, prepared
 from tests.benchmarks.quantizers import making
 
 COLUMNS = (
-    *("form", "parameters", "fewer", "MB", "perplexity", "KL", "choices right %", "held MB", "tokens/s"),
+    *("form", "parameters", "fewer", "MB", "perplexity", "KL", "choices right %", "running MB", "tokens/s"),
     "KL against the best peer of this size",
 )
 ROWS = Path(__file__).with_name("rows.toml")
@@ -42,7 +43,10 @@ NEW_TOKENS = 48
 
 @dataclass(frozen=True)
 class Line:
-    """One form at one reduction: what it weighs, what it reads on each window, what it holds and how fast it writes."""
+    """One form at one reduction: what it weighs, what it reads on each window, what it holds and how fast it writes.
+
+    ``held``: bytes of its tensors; ``running``: those and the most that the process grew by while it wrote.
+    """
 
     name: str
     reduction: float
@@ -51,6 +55,7 @@ class Line:
     windows: list[Json]
     choices: list[Json]
     held: int
+    running: int
     speed: float
     peer: bool
     compared: bool = True
@@ -65,6 +70,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2, help="windows of a training step (%(default)s)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of LoRA on peers (%(default)s)")
     parser.add_argument("--thin-rate", type=float, default=2e-4, help="learning rate of thin matrices (%(default)s)")
+    parser.add_argument("--keep", type=Path, help="a folder for the artifacts; those that are there are not made again")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the rows of ours (%(default)s)")
     parser.add_argument("--peers", default=";".join(PEERS), help="peers, by semicolons (%(default)s)")
     return run(Sharing, parser.parse_args())
@@ -90,32 +96,37 @@ class Sharing(Contest[Line]):
         self.item = size / self.checkpoint.manifest["parameters"]
         self.found = [self._measured("the model itself", 0.0, self.whole, self.parameters, size, peer=True)]
         self.trainable = 0
+        self.rows = listed(args.rows)
+        self.kept_in = args.keep or scratch / "made"
+        self.kept_in.mkdir(parents=True, exist_ok=True)
+        self.sharing: dict[tuple[str, float], Json] = {}
 
     def lines(self) -> Iterator[Line]:
         """At each reduction ours first, whose trained parameters are how many a peer's adapters have there."""
         for reduction in map(float, self.args.reductions.split(",")):
-            for row in making.listed(self.args.rows, ()):
+            for row in (one for one in self.rows if one.made_at(reduction)):
                 yield from self.kept(f"{row.name}, {reduction:.0%}", partial(self._ours, row, reduction), ours=True)
             for name in filter(None, self.args.peers.split(";")):
                 yield from self.kept(f"{name}, {reduction:.0%}", partial(self._peer, name, reduction), ours=False)
 
-    def _ours(self, row: making.Row, reduction: float) -> Line:
-        out = self.scratch / "ours"
-        shutil.rmtree(out, ignore_errors=True)
+    def _ours(self, row: SharingRow, reduction: float) -> Line:
         args = self.args
-        known = {setting.partition("=")[0] for setting in row.set}
-        more = {
+        usual = {
             "target_reduction": reduction,
             "tokens": args.tokens,
             "window_tokens": args.window_length,
             "batch_size": args.batch,
         }
-        usual = tuple(f"{name}={value}" for name, value in more.items() if name not in known)
-        row = making.Row(name=row.name, bits=row.bits, method=row.method, set=(*row.set, *usual))
-        making.make(row, args.model, args.text, out)
+        if row.groups_of and (row.groups_of, reduction) not in self.sharing:
+            raise making.Refused(f"'{row.groups_of}' was not made at {reduction:.0%}")
+        filled = row.among(self.sharing.get((row.groups_of, reduction)), usual)
+        out, cost = making.kept(filled, args.model, args.text, self.kept_in)
+        print(f"{row.name}, {reduction:.0%}: {cost.processor:.0f} s", file=sys.stderr, flush=True)
         artifact = Artifact.open_folder(out)
         model = load_artifact(None, artifact, "cpu", torch.float32)
-        counts = artifact.manifest["figures"]["sharing"]["parameters"]
+        figures = artifact.manifest["figures"]["sharing"]
+        self.sharing[row.name, reduction] = figures
+        counts = figures["parameters"]
         shared = [line for line in artifact.manifest["tensors"].values() if line["kind"] == "shared"]
         self.trainable = sum(line["rank"] * sum(line["shape"]) for line in shared if "rank" in line) or self.trainable
         size = artifact.summary()["artifact_bytes"]
@@ -147,11 +158,14 @@ class Sharing(Contest[Line]):
         reference = model if model is self.whole else self.reference
         windows = measure_windows(model, reference, self.cut, silent)
         choices = answer_choices(model, self.tokenizer, self.questions, silent) if self.questions else []
+        resident = reset_peak()
         started = time.process_time()
         (answer,) = greedy_answers(model, self.tokenizer, ["The"], NEW_TOKENS, silent)
         seconds = time.process_time() - started
         speed = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"]) / seconds
-        return Line(name, reduction, count, size, windows, choices, held_bytes(model), speed, peer, compared)
+        held = held_bytes(model)
+        grown = max(0, status_bytes("VmHWM") - resident)
+        return Line(name, reduction, count, size, windows, choices, held, held + grown, speed, peer, compared)
 
     def markdown(self) -> str:
         """The table, and what is not in it."""
@@ -183,7 +197,7 @@ class Sharing(Contest[Line]):
             cells(metrics, at, "perplexity", digits=".4g"),
             cells(metrics, at, "kl_divergence"),
             cells(metrics, at, "choices", digits=".0f", times=100) if self.questions else "",
-            f"{line.held / 1e6:.2f}",
+            f"{line.running / 1e6:.2f}",
             f"{line.speed:.1f}",
             self._against(line),
         ]
@@ -210,6 +224,19 @@ def held_bytes(model: Any) -> int:
         for tensor in (*model.parameters(), *model.buffers())
     }
     return sum(storages.values())
+
+
+def reset_peak() -> int:
+    """Have the process's high-water mark begin anew; what it holds now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return status_bytes("VmRSS")
+
+
+def status_bytes(field: str) -> int:
+    """A line of this process's status, in bytes."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 if __name__ == "__main__":

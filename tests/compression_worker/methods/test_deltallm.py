@@ -21,9 +21,7 @@ from compression_worker.contracts import CompressionError, Json, StepContext, St
 from compression_worker.methods.deltallm.compress import load_model, load_packed
 from compression_worker.methods.deltallm.config import DeltaLLMConfig
 from compression_worker.methods.deltallm.estimate import estimate, planned
-from compression_worker.methods.deltallm.groups import (
-    highest_rank,
-)
+from compression_worker.methods.deltallm.groups import highest_rank
 from compression_worker.methods.deltallm.layout import DELTAS_FILE, keys
 from compression_worker.methods.deltallm.shared import Follower, SharedLinear, without_bias
 from compression_worker.preflight import Inputs, Model
@@ -313,8 +311,9 @@ def test_settings_that_cannot_work_are_refused(settings: Json, words: str) -> No
     assert refused.value.code == "bad_setting"
 
 
-def test_a_target_is_met(job: Job) -> None:
-    made = job.run(target_reduction=0.1)
+@pytest.mark.parametrize("form", ["low_rank", "scaled"])
+def test_a_target_is_met(job: Job, form: str) -> None:
+    made = job.run(target_reduction=0.1, share_form=form)
     assert 0.1 <= made.sharing["parameters"]["reduction"] < 0.11
     assert made.sharing["rank"] > 4
     assert made.sharing["rank"] <= highest_rank([(128, 64)])
@@ -329,6 +328,7 @@ def test_a_target_is_met(job: Job) -> None:
         {**LEARNING, "epochs": 2},
         {**LEARNING, "base_method": "gptq"},
         {**LEARNING, "share_form": "sign"},
+        {**LEARNING, "share_form": "scaled"},
     ],
 )
 def test_the_estimate_foretells_steps_and_bytes(job: Job, settings: Json) -> None:

@@ -1,4 +1,4 @@
-"""Differences learn: modules replaced one by one, kills, adapters, hidden states, signs."""
+"""Differences learn: modules replaced one by one, kills, adapters, hidden states, signs, scaled anchors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from compression_worker import catalog
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput, StepSpec
 from compression_worker.making.inputs import architecture_of
 from compression_worker.methods.deltallm.compress import load_model
-from compression_worker.methods.deltallm.config import DeltaLLMConfig
+from compression_worker.methods.deltallm.config import FORMS, DeltaLLMConfig
 from compression_worker.methods.deltallm.differences import dense, difference, signs_of
-from compression_worker.methods.deltallm.layout import DELTAS_FILE, keys
+from compression_worker.methods.deltallm.factors import likeness
+from compression_worker.methods.deltallm.layout import DELTAS_FILE, is_known, keys
 from compression_worker.methods.deltallm.matrices import shareable
 from compression_worker.methods.deltallm.replacement import drawn, probability
 from compression_worker.methods.deltallm.student import Student
@@ -24,15 +25,7 @@ from compression_worker.methods.deltallm.training import loss_of, replace_module
 from compression_worker.quantization.learning import HeldOut
 from compression_worker.quantization.teacher import TopLogits
 from compression_worker.runner import Runner, resolve_inputs
-from tests.compression_worker.methods.sharing import (
-    LAYERS,
-    LEARNING,
-    TOKENS,
-    Job,
-    Made,
-    logits,
-    starts,
-)
+from tests.compression_worker.methods.sharing import LAYERS, LEARNING, TOKENS, Job, Made, logits, starts
 from tests.families import make_family_pair
 from tests.tiny import make_tiny_pair
 
@@ -176,12 +169,14 @@ def shipped(job: Job, made: Made, settings: Json) -> float:
     """The divergence of the artifact's own model on held-out text."""
     model: Any = load_model(None, made.artifact, "cpu", torch.float32)
     runner, digests = Runner(store=job.store, device="cpu"), list[str]()
-    for step in job.planned(**settings).steps[:2]:
+    steps = job.planned(**settings).steps
+    held_out = [step.kind for step in steps].index("teacher.logits")
+    for step in steps[: held_out + 1]:
         spec = StepSpec(kind=step.kind, params=step.params, inputs=resolve_inputs(step.inputs, digests), seed=step.seed)
         digests.append(runner.compute(spec, lambda event: None)[0])
     context = StepContext(
         store=job.store,
-        spec=StepSpec(kind="deltallm.train", inputs={"text": digests[0], "held_out": digests[1]}),
+        spec=StepSpec(kind="deltallm.train", inputs={"text": digests[held_out - 1], "held_out": digests[held_out]}),
         progress=lambda done, total, unit: None,
         log=lambda text, level: None,
         measure=lambda name, value: None,
@@ -256,13 +251,14 @@ def test_a_difference_of_signs_is_the_best_multiple_of_them() -> None:
     generator = torch.Generator().manual_seed(1)
     delta = torch.randn((6, 40), generator=generator)
     pieces = signs_of(delta)
-    made = dense(pieces, 40)
+    made = dense(pieces, torch.zeros((6, 40)))
     assert set(made.abs().flatten().tolist()) == {float(pieces[1])}
     assert torch.equal(made.sign(), torch.where(delta >= 0, 1.0, -1.0))
     for factor in (0.9, 1.1):
         assert (delta - factor * made).square().sum() > (delta - made).square().sum()
     x = torch.randn((2, 3, 40), generator=generator)
-    torch.testing.assert_close(difference(pieces)(x), x @ made.T)
+    y = torch.randn((2, 3, 6), generator=generator)
+    torch.testing.assert_close(difference(pieces)(x, y), y + x @ made.T)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -289,3 +285,54 @@ def test_differences_may_be_signs_whose_scales_learn(family: str, tmp_path: Path
     assert made.sharing["operations"]["after"] > made.sharing["operations"]["before"]
     again = job.run(**settings, chunk_tokens=64)
     assert again.output.blobs[DELTAS_FILE] == made.output.blobs[DELTAS_FILE]
+
+
+def test_the_multiple_of_an_anchor_is_the_nearest_one() -> None:
+    generator = torch.Generator().manual_seed(1)
+    own, anchor, x = (torch.randn(shape, generator=generator) for shape in ((6, 10), (6, 10), (10, 30)))
+    for hessian, metric in ((None, torch.eye(10)), (x @ x.T, x)):
+        c = likeness(own, anchor, hessian)
+        left = [((own - (float(c) + off) * anchor) @ metric).square().sum() for off in (0.0, -0.1, 0.1)]
+        assert left[0] < min(left[1:])
+        assert float(likeness(0.75 * anchor, anchor, hessian)) == pytest.approx(0.75)
+    assert likeness(own, torch.zeros(6, 10), None) == torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("llama", {}),
+        ("gpt2", {"start": "svd_covariance", "learning_rate": 1e-3}),
+        ("llama", {"start": "zero"}),
+        ("llama", {"base_method": "gptq", "num_bits": 8}),
+    ],
+)
+def test_anchors_may_be_scaled_and_scales_learn(family: str, more: Json, tmp_path: Path) -> None:
+    job = Job(tmp_path, make_family_pair(tmp_path, family)[0])
+    settings = {**LEARNING, "groups": "0:1", "share_form": "scaled", "learning_rate": 3e-3, **more}
+    made, begun = job.run(**settings), job.run(**settings | {"tokens": 0})
+    shared = {name: line for name, line in made.artifact.manifest["tensors"].items() if line["kind"] == "shared"}
+    stored, first = (load_file(one.artifact.paths[DELTAS_FILE]) for one in (made, begun))
+    assert stored.keys() == {key for name in shared for key in keys(name, "scaled")}
+    parts = {part["name"]: part["bytes"] for part in made.artifact.parts}
+    assert parts["deltas"] == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    assert made.sharing["scales"] == {name: pytest.approx(float(stored[f"{name}#c"]), rel=1e-5) for name in shared}
+    for name in shared:
+        assert all(not torch.equal(stored[key], first[key]) for key in keys(name, "scaled"))
+        if more.get("start") == "zero":
+            assert float(first[f"{name}#c"]) == 1
+    assert made.training["kl_after"] < made.training["kl_before"]
+    assert shipped(job, made, settings) == pytest.approx(made.training["kl_after"], rel=1e-4)
+    model, whole = (load_model(None, made.artifact, "cpu", torch.float32, dense=one) for one in (False, True))
+    torch.testing.assert_close(logits(model), logits(whole), rtol=1e-4, atol=1e-4)
+    again = job.run(**settings, chunk_tokens=64)
+    assert again.output.blobs[DELTAS_FILE] == made.output.blobs[DELTAS_FILE]
+
+
+def test_an_artifact_says_by_its_version_whether_anchors_are_scaled(tmp_path: Path) -> None:
+    job = Job(tmp_path, make_family_pair(tmp_path, "llama")[0])
+    said = {form: job.run(groups="0:1", share_form=form).artifact.manifest["layout"] for form in FORMS}
+    assert {form: one["version"] for form, one in said.items()} == {"low_rank": 1, "scaled": 2, "sign": 1}
+    assert all(map(is_known, said.values()))
+    assert not is_known({**said["scaled"], "version": 1})
+    assert not is_known({**said["scaled"], "version": 3})

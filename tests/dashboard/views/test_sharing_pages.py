@@ -148,6 +148,13 @@ def test_signs_have_no_rank() -> None:
     assert sharing_words(Artifact(figures=figures, config={})) == "3 followers, signs"
 
 
+def test_what_anchors_still_give_is_said(shared: Artifact) -> None:
+    assert len(savings(shared)) == 2
+    shared.figures["sharing"]["scales"] = {"a": -0.02, "b": 0.31, "c": 0.004}
+    assert "at 0.02 or less, the most at 0.31" in savings(shared)[2]
+    assert sharing_words(shared).startswith("3 followers, rank 4, scaled anchors")
+
+
 def test_the_ranks_of_a_sweep_are_named_in_the_comparison_and_in_the_table(
     world: SimpleNamespace, client: Client
 ) -> None:
