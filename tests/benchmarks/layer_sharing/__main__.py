@@ -72,6 +72,7 @@ def main() -> int:
     parser.add_argument("--thin-rate", type=float, default=2e-4, help="learning rate of thin matrices (%(default)s)")
     parser.add_argument("--keep", type=Path, help="a folder for the artifacts; those that are there are not made again")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the rows of ours (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE for rows that do not say their own")
     parser.add_argument("--peers", default=";".join(PEERS), help="peers, by semicolons (%(default)s)")
     return run(Sharing, parser.parse_args())
 
@@ -116,6 +117,7 @@ class Sharing(Contest[Line]):
             "tokens": args.tokens,
             "window_tokens": args.window_length,
             "batch_size": args.batch,
+            **dict(setting.split("=", 1) for setting in args.set),
         }
         if row.groups_of and (row.groups_of, reduction) not in self.sharing:
             raise making.Refused(f"'{row.groups_of}' was not made at {reduction:.0%}")
