@@ -12,6 +12,7 @@ from dashboard.pictures.lineage import Node, lineage_picture
 from dashboard.pictures.matrices import Matrix
 from dashboard.pictures.memory import memory_picture
 from dashboard.pictures.pareto import Point, Quality, pareto_picture
+from dashboard.pictures.ranks import Rank, ranks_picture
 from dashboard.pictures.sharing import Sharing, sharing_picture
 from dashboard.pictures.svg import Picture
 from dashboard.pictures.timeline import Bar, Column, timeline_picture
@@ -28,6 +29,7 @@ __all__ = [
     "Picture",
     "Point",
     "Quality",
+    "Rank",
     "Round",
     "Sharing",
     "Training",
@@ -42,6 +44,7 @@ __all__ = [
     "lineage_picture",
     "memory_picture",
     "pareto_picture",
+    "ranks_picture",
     "sharing_picture",
     "timeline_picture",
     "training_picture",

@@ -13,7 +13,7 @@ from django.utils.translation import ngettext
 from dashboard.formats import byte_words, fixed, percent_words, whole
 from dashboard.lifecycle import StepState
 from dashboard.models import Artifact, Step
-from dashboard.pictures import Candidate, Round, Sharing
+from dashboard.pictures import Candidate, Rank, Round, Sharing
 from dashboard.pictures.matrices import Place, place, stands_on
 
 
@@ -53,6 +53,13 @@ def rounds_of(artifact: Artifact) -> list[Round]:
 def rounds_so_far(steps: Sequence[Step]) -> list[Round]:
     step = _latest_round(steps)
     return _rounds(step.data["rounds"]) if step else []
+
+
+def ranks_of(artifact: Artifact) -> list[Rank]:
+    """What each measured rank would leave and cost before training."""
+    told = artifact.figures.get("sharing") or {}
+    before = (told.get("parameters") or {}).get("before")
+    return [Rank(one["rank"], one["parameters"], before, one["kl"]) for one in told.get("ranks") or [] if before]
 
 
 def savings(artifact: Artifact) -> list[str]:

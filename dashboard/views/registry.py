@@ -27,6 +27,7 @@ from dashboard.pictures import (
     lineage_picture,
     memory_picture,
     pareto_picture,
+    ranks_picture,
     sharing_picture,
     training_picture,
 )
@@ -135,6 +136,7 @@ def _artifact_page(request: SignedInRequest, artifact: Artifact, form: RetireFor
         "proxy": heatmap_picture(registry.proxy_losses(artifact.figures), Measure.PROXY),
         "sharing": sharing_picture(shared),
         "candidates": candidates_picture(sharing.rounds_of(artifact), shared.blocks) if shared else None,
+        "ranks": ranks_picture(sharing.ranks_of(artifact)),
         "savings": sharing.savings(artifact),
         "curve": curve_picture(trainings.distillation_losses(artifact.figures)),
         "training": training_picture(training),

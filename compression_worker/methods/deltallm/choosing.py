@@ -28,6 +28,7 @@ from compression_worker.methods.deltallm.layout import keys
 from compression_worker.methods.deltallm.matrices import shareable
 from compression_worker.methods.deltallm.sources import Sources, base_input
 from compression_worker.methods.deltallm.student import Student
+from compression_worker.methods.deltallm.sweep import is_swept, rank_sweep
 from compression_worker.quantization.calibration import Hessians
 from compression_worker.quantization.divergence import divergence
 from compression_worker.quantization.learning import HeldOut
@@ -51,7 +52,7 @@ def choose_step(context: StepContext) -> StepOutput:
             work.choose(depth, params["count"], params["still"])
     data: Json = {"groups": {str(one): anchor for one, anchor in sorted(work.groups.items())}, "rounds": work.rounds}
     if params["final"]:
-        data["curve"] = work.result()
+        data |= work.result()
         kl = data["curve"][-1]["kl"]
         context.log(f"{len(work.groups)} blocks share: held-out KL {kl:.4g} before training", "info")
     return StepOutput(blobs=work.blobs, data=data)
@@ -69,7 +70,7 @@ class _Round:
         self._context = context
         layers = shareable(checkpoint.manifest["config"], architecture_of(checkpoint), config.kinds)
         self._base = base_input(context)
-        self._form = config.share_form
+        self._config = config
         self._layers = layers
         self._student = Student.of(checkpoint, self._base, layers, context.device)
         self._blocks = [self._student.model.get_submodule(path) for path, _ in _paths(checkpoint.manifest["config"])]
@@ -99,20 +100,33 @@ class _Round:
                 self.groups[block] = pairs[block]
             count, still = count - len(chosen), still - len(chosen)
 
-    def result(self) -> list[Json]:
-        """What the chosen followers cost on held-out text, behind what the packed base alone costs."""
+    def result(self) -> Json:
+        """``curve``: what the chosen followers cost on held-out text, behind what the packed base alone costs.
+
+        ``ranks``: what they would cost with less of their differences, where that can be told.
+        """
         held, curve = HeldOut(self._context), []
         if self._base is not None:
             self._student.share([])
             curve.append(held.measured(self._student, 0, "base"))
         self._student.share(self.groups)
-        return [*curve, held.measured(self._student, 0, "start")]
+        curve.append(held.measured(self._student, 0, "start"))
+        if not is_swept(self._config):
+            return {"curve": curve}
+        rank = self._context.spec.params["rank"]
+        points = rank_sweep(self._student, self.groups, self._factors, held, curve[-1], rank)
+        return {"curve": curve, "ranks": points}
+
+    def _factors(self, follower: int, anchor: int) -> dict[str, Pieces]:
+        return read_factors(self._context, self.blobs[pair_file(follower, anchor)], self._config.share_form)
 
     def _put(self, follower: int, anchor: int) -> None:
         name = pair_file(follower, anchor)
         if name not in self.blobs:
-            self.blobs[name] = _written(self._context, self._starts.of(self._layers, follower, anchor), self._form)
-        self._student.put(follower, anchor, read_factors(self._context, self.blobs[name], self._form))
+            self.blobs[name] = _written(
+                self._context, self._starts.of(self._layers, follower, anchor), self._config.share_form
+            )
+        self._student.put(follower, anchor, self._factors(follower, anchor))
 
     def _measured(self, candidates: list[int]) -> dict[int, float]:
         """The mean divergence over windows of each candidate beside those chosen so far."""

@@ -24,6 +24,7 @@ from compression_worker.quantization.passes import at_once
 
 LINE, SHARED_LINE, FIGURES, HEADER_LINE, CANDIDATE, FIXED = 236, 330, 130, 165, 24, 3_300
 POINT, STEP = 130, 17
+RANK_POINTS, RANK_POINT = 6, 58
 STEP_DOCUMENT = 4_000
 STATES = 4
 """A parameter that is trained: itself, its gradient, and AdamW's two moments."""
@@ -148,9 +149,11 @@ def calmer(config: DeltaLLMConfig) -> Iterator[DeltaLLMConfig]:
 
 
 def choose_work(params: Json, sizes: Mapping[str, float]) -> float:
-    """Multiplications: each candidate runs about half the model."""
-    windows = params["config"]["measure_windows"] * sizes["window_tokens"]
-    return (1 + sizes["candidates"] / 2) * windows * sizes["parameters"]
+    """Multiplications: each candidate runs about half the model; at the end each of some ranks runs all of it."""
+    windows = params["config"]["measure_windows"] * (1 + sizes["candidates"] / 2)
+    if params.get("final"):
+        windows += params["config"]["held_out"] * RANK_POINTS
+    return windows * sizes["window_tokens"] * sizes["parameters"]
 
 
 def assemble_work(params: Json, sizes: Mapping[str, float]) -> float:
@@ -214,7 +217,8 @@ def _parts(
         + lines
         + CANDIDATE * candidates
         + POINT * _chunks(config)
-        + STEP * config.steps * config.epochs,
+        + STEP * config.steps * config.epochs
+        + RANK_POINT * RANK_POINTS,
     }
     if beneath:
         sizes = _on_base(sizes, beneath, plan.shared_weights / shapes.linears)
@@ -258,11 +262,12 @@ def _loads(
     outputs = FLOAT * length * (shapes.hidden * shapes.layers if shapes else 0)
     square = 8 * 6 * max((max(pair) for pair in plan.sides), default=0) ** 2 if plan else 0
     passing = max(3 * FLOAT * length * vocabulary + outputs, square)
-    work = choose_work({"config": {"measure_windows": config.measure_windows}}, sizes)
+    said = {"config": {"measure_windows": config.measure_windows, "held_out": config.held_out}}
+    work = [choose_work({**said, "final": final}, sizes) for final in [False] * (len(measured) - 1) + [True]]
     yield StepLoad(
         kind="deltallm.choose",
         count=len(measured),
-        units=work * len(measured),
+        units=sum(work),
         memory_bytes=PROCESS_BYTES + FLOAT * model.parameters + factors + passing,
         gpu_bytes=model.weight_bytes + factors + passing,
         gpu_host_bytes=PROCESS_BYTES + 2 * model.weight_bytes + factors,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from compression_worker.contracts import Json, StepContext
 from compression_worker.making.inputs import architecture_of, opened
@@ -45,6 +45,7 @@ def made(
             "kl_before_training": chosen["curve"][-1]["kl"],
             "parameters": parameters(manifest["parameters"], table),
             "operations": operations(table, manifest),
+            **({"ranks": ranks(chosen["ranks"], manifest["parameters"], table)} if "ranks" in chosen else {}),
             **({"scales": dict(scales)} if scales else {}),
         },
         "training": _training(context, config),
@@ -56,6 +57,23 @@ def parameters(before: int, table: Mapping[str, Json]) -> Json:
     shared = [entry for entry in table.values() if entry["kind"] == "shared"]
     after = before - sum(_weights(entry) - delta_parameters(entry) for entry in shared)
     return {"before": before, "after": after, "reduction": six_digits(1 - after / before)}
+
+
+def ranks(points: Sequence[Json], before: int, table: Mapping[str, Json]) -> list[Json]:
+    """Each measured rank, the highest where matrices differ, with the parameters that it leaves."""
+    shared = {name: entry for name, entry in table.items() if entry["kind"] == "shared"}
+    found = []
+    for point in points:
+        parts = point["parts"]
+        cut = {name: entry | {"rank": entry["rank"] // parts if parts else 0} for name, entry in shared.items()}
+        found.append(
+            {
+                "rank": max(entry["rank"] for entry in cut.values()),
+                "parameters": parameters(before, cut)["after"],
+                "kl": point["kl"],
+            }
+        )
+    return found
 
 
 def operations(table: Mapping[str, Json], manifest: Json) -> Json:

@@ -348,6 +348,19 @@ def test_the_estimate_foretells_steps_and_bytes(job: Job, settings: Json) -> Non
     assert planned(DeltaLLMConfig(), model, model.shapes()) is None, "rank 64 of matrices that have 64 rows"
 
 
+def test_a_sweep_of_the_rank_measures_what_a_job_of_that_rank_would_begin_with(job: Job) -> None:
+    whole = job.run(groups="1:2,3", rank=16)
+    points = {point["rank"]: point for point in whole.sharing["ranks"]}
+    assert list(points) == [0, 1, 2, 4, 8, 16]
+    assert points[16]["kl"] == whole.sharing["kl_before_training"]
+    lower = job.run(groups="1:2,3", rank=4)
+    assert points[4]["kl"] == pytest.approx(lower.sharing["kl_before_training"], rel=1e-3)
+    assert points[4]["parameters"] == lower.sharing["parameters"]["after"]
+    assert points[0]["parameters"] < points[4]["parameters"] < points[16]["parameters"]
+    for settings in ({"start": "zero"}, {"share_form": "sign"}):
+        assert "ranks" not in job.run(groups="1:2,3", **settings).sharing
+
+
 def test_a_follower_shows_what_it_is_made_of(job: Job) -> None:
     student = job.student()
     student.put(3, 2, starts(student, 3, 2, 4))

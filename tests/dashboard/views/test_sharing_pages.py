@@ -66,6 +66,16 @@ def test_an_artifact_shows_who_shares_what_it_saves_and_what_it_does_not(shared:
     assert "On held-out text KL falls from 0.0250 to 0.0190 nats over 256 tokens" in shown
 
 
+def test_what_the_rank_buys_is_drawn_where_it_was_measured(shared: Artifact, client: Client) -> None:
+    for route, key in (("artifact-detail", shared.pk), ("job-detail", shared.job_id)):
+        assert "What the rank buys" not in page(client, route, key)
+    points = [{"rank": rank, "parameters": 260_000 + 1_500 * rank, "kl": 0.5 / (1 + rank)} for rank in (0, 2, 4)]
+    shared.figures["sharing"]["ranks"] = points
+    shared.save()
+    for route, key in (("artifact-detail", shared.pk), ("job-detail", shared.job_id)):
+        assert "Before training KL falls from 0.500 nats at rank 0 to 0.100 at rank 4" in page(client, route, key)
+
+
 def test_its_job_shows_the_same(shared: Artifact, client: Client) -> None:
     shown = page(client, "job-detail", shared.job_id)
     assert SAVED in shown
