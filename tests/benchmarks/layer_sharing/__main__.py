@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from compression_worker.evaluation.choice import answer_choices
 from compression_worker.evaluation.generation import greedy_answers
 from compression_worker.evaluation.summary import choice_metrics
 from compression_worker.evaluation.windows import measure_windows
+from compression_worker.machine import forget_peak, peak_bytes
 from compression_worker.samples import CHOICE, parse_samples, read_samples
 from tests.benchmarks.bench_bitdelta import record
 from tests.benchmarks.contest import Contest, cells, run, silent, with_arguments
@@ -160,13 +160,14 @@ class Sharing(Contest[Line]):
         reference = model if model is self.whole else self.reference
         windows = measure_windows(model, reference, self.cut, silent)
         choices = answer_choices(model, self.tokenizer, self.questions, silent) if self.questions else []
-        resident = reset_peak()
+        forget_peak()
+        before = peak_bytes()
         started = time.process_time()
         (answer,) = greedy_answers(model, self.tokenizer, ["The"], NEW_TOKENS, silent)
         seconds = time.process_time() - started
         speed = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"]) / seconds
         held = held_bytes(model)
-        grown = max(0, status_bytes("VmHWM") - resident)
+        grown = peak_bytes() - before
         return Line(name, reduction, count, size, windows, choices, held, held + grown, speed, peer, compared)
 
     def markdown(self) -> str:
@@ -226,19 +227,6 @@ def held_bytes(model: Any) -> int:
         for tensor in (*model.parameters(), *model.buffers())
     }
     return sum(storages.values())
-
-
-def reset_peak() -> int:
-    """Have the process's high-water mark begin anew; what it holds now, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return status_bytes("VmRSS")
-
-
-def status_bytes(field: str) -> int:
-    """A line of this process's status, in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])
 
 
 if __name__ == "__main__":

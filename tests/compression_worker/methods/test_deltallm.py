@@ -29,6 +29,7 @@ from compression_worker.quantization.bases import BASES
 from compression_worker.quantization.low_rank import truncated
 from compression_worker.quantization.teacher import TRAINED, read_logits, read_windows
 from compression_worker.runner import Runner, resolve_inputs, run_plan
+from tests.benchmarks.bench_shared_memory import FORMS, child
 from tests.compression_worker.methods.sharing import (
     LAYERS,
     LEARNING,
@@ -189,6 +190,16 @@ def test_memory_holds_each_anchor_once(made: Made, dtype: torch.dtype | None) ->
     moved = model.to(torch.float64)
     assert moved.get_submodule("model.layers.3.mlp.up_proj").anchor.weight.dtype == torch.float64
     assert logits(moved).isfinite().all()
+
+
+def test_a_process_that_writes_holds_less_by_what_is_shared(tmp_path: Path) -> None:
+    job = Job(tmp_path, make_tiny_pair(tmp_path, tied=False, layers=LAYERS, hidden=512)[0])
+    made = job.run(groups="1:2,3,4", followers=None)
+    folder = tmp_path / "artifact"
+    artifacts.write_folder(folder, job.store, made.output.blobs)
+    shared, dense = (child(folder, form, 8) for form in FORMS)
+    assert dense > storage(load_model(None, made.artifact, "cpu", torch.float32, dense=True))
+    assert shared <= dense * (1 - 0.9 * made.sharing["parameters"]["reduction"])
 
 
 def storage(model: Any) -> int:
