@@ -45,16 +45,17 @@ def closed_form(
     The share is ``|(error - scale B A) C|^2 / |error C|^2``. Where the rank exceeds a side, factors end in zeros.
     """
     root = _root(hessian.double())
-    left, values, right = torch.linalg.svd(error.double() @ root, full_matrices=False)
-    kept = min(rank, len(values))
+    weighed = error.double() @ root
+    kept = min(rank, *weighed.shape)
+    left, values, right = _by_gram(weighed, kept)
     # Half of each singular value on either side, so that both factors learn at one pace.
-    half = (values[:kept] / scale).sqrt()
+    half = (values / scale).sqrt()
     a, b = torch.zeros((rank, error.shape[1])), torch.zeros((len(error), rank))
-    inverse = torch.linalg.solve_triangular(root, right[:kept], upper=False, left=False)
+    inverse = torch.linalg.solve_triangular(root, right, upper=False, left=False)
     a[:kept] = (half[:, None] * inverse).to(torch.float32).cpu()
-    b[:, :kept] = (left[:, :kept] * half).to(torch.float32).cpu()
-    total = float(values.square().sum())
-    return a, b, float(values[kept:].square().sum()) / total if total else 0.0
+    b[:, :kept] = (left * half).to(torch.float32).cpu()
+    total = float(weighed.square().sum())
+    return a, b, max(0.0, 1 - float(values.square().sum()) / total) if total else 0.0
 
 
 def _by_gram(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
