@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tests.benchmarks.layer_sharing.slicing import cut, is_tied, sliced_parameters
+
 
 class Impossible(Exception):
     """The smallest step of a peer is larger than what may go."""
@@ -162,10 +164,29 @@ def thin_by_weight(model: Any, windows: torch.Tensor, most: int) -> None:
     thin(model, windows, most, by_input=False)
 
 
+def deleted_directions(model: Any, windows: torch.Tensor, most: int) -> None:
+    """SliceGPT: the least principal directions of the residual stream go, as many everywhere; adapters are counted.
+
+    A tied model gains a head, or keeps its embeddings at full width and gains a turn at each end: whichever is smaller
+    at that width, so that most directions stay.
+    """
+    whole, (_, full) = parameters(model), model.model.embed_tokens.weight.shape
+    fitting = (size for size in range(1, full + 1) if whole - sliced_parameters(model, size) <= most)
+    size = next(fitting, full)
+    if (left := sliced_parameters(model, size)) >= whole:
+        gained = "adapters, and ends that are no longer tied," if is_tied(model) else "adapters"
+        raise Impossible(
+            f"with {size} of {full} directions a model of {whole:,} parameters has {left:,}, because {gained} weigh "
+            f"more than goes; with one less more than {most:,} go"
+        )
+    cut(model, windows, size)
+
+
 PEERS: dict[str, Callable[[Any, torch.Tensor, int], None]] = {
     "blocks dropped (ShortGPT)": dropped_blocks,
     "sublayers dropped (JointDrop)": dropped_sublayers,
     "blocks merged (LaCo)": merged_blocks,
+    "directions deleted (SliceGPT)": deleted_directions,
     "SVD of each matrix": thin_by_weight,
     "SVD by inputs of each matrix": thin_by_input,
 }
