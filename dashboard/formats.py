@@ -17,6 +17,11 @@ def whole(value: float) -> str:
     return number_format(int(value), force_grouping=True)
 
 
+def range_words(low: int, high: int) -> str:
+    """``32 to 64``, or ``64`` where both are."""
+    return _("%(low)s to %(high)s") % {"low": low, "high": high} if low < high else str(high)
+
+
 def significant(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
     """``value`` to a few significant digits, never in exponent form unless it is tiny; a true minus sign."""
     if value is None or not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""The peers that DeltaLLM is measured beside: what a sliced model computes, weighs and can do."""
+"""What DeltaLLM is measured beside: a sliced model computes, weighs and can do what it should; rows take groups over."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from compression_worker.checkpoints import load_folder
 from tests.benchmarks.layer_sharing import slicing
 from tests.benchmarks.layer_sharing.peers import PEERS, Impossible, deleted_directions, linears_of, parameters
+from tests.benchmarks.layer_sharing.rows import SharingRow
 from tests.benchmarks.layer_sharing.slicing import cut, is_tied, sliced_parameters, stays_tied
 from tests.benchmarks.layer_sharing.training import Lesson, merged, prepared
 from tests.tiny import HIDDEN, make_tiny_pair
@@ -125,3 +126,11 @@ def test_a_sliced_model_learns_by_adapters_that_merge(vocab: int, tmp_path: Path
     merged(model)
     assert parameters(model) == left
     torch.testing.assert_close(logits(model), learned, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_takes_groups_over_with_the_ranks_that_they_have() -> None:
+    row = SharingRow(name="one", bits=16, method="deltallm", set=("start=zero",), groups_of="another")
+    sharing: dict[str, Any] = {"groups": {"2": [3, 4], "5": [6]}, "rank": 32}
+    assert row.among(sharing, {"start": "svd"}).set == ("start=zero", "groups=2:3,4;5:6", "rank=32")
+    told = row.among(sharing | {"group_ranks": {"3": 8, "4": 8, "6": 32}}, {}).set
+    assert told == ("start=zero", "groups=2:3,4@8;5:6@32", "rank=32")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from django.utils.translation import gettext as _
 
-from dashboard.formats import percent_words, significant, whole
+from dashboard.formats import percent_words, range_words, significant, whole
 from dashboard.pictures.svg import Picture, drawing, element, line, text
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 170, 60, 24, 22, 26
@@ -17,12 +17,25 @@ APART = 34
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank: the parameters that it leaves of ``before``, and the divergence on held-out text in nats."""
+    """One rank: the parameters that it leaves of ``before``, and the divergence on held-out text in nats.
+
+    ``lowest``: where groups have ranks of their own, of which ``rank`` is the highest.
+    """
 
     rank: int
     parameters: int
     before: int
     kl: float
+    lowest: int | None = None
+
+    @property
+    def words(self) -> str:
+        return range_words(self.rank if self.lowest is None else self.lowest, self.rank)
+
+    @property
+    def label(self) -> str:
+        """As short as it can be."""
+        return f"r{self.rank}" if self.lowest is None else f"r{self.lowest}–{self.rank}"
 
     @property
     def fewer(self) -> str:
@@ -34,7 +47,7 @@ def ranks_picture(points: Sequence[Rank]) -> Picture | None:
     if len(points) < 2:
         return None
     first, last = points[0], points[-1]
-    words = {"first": significant(first.kl), "last": significant(last.kl), "low": first.rank, "rank": last.rank}
+    words = {"first": significant(first.kl), "last": significant(last.kl), "low": first.words, "rank": last.words}
     if last.kl < first.kl:
         title = _("Before training KL falls from %(first)s nats at rank %(low)s to %(last)s at rank %(rank)s") % words
     else:
@@ -46,7 +59,7 @@ def ranks_picture(points: Sequence[Rank]) -> Picture | None:
         title=title,
         svg=drawing(title, WIDTH, HEIGHT, _shapes(points)),
         columns=(_("rank"), _("parameters"), _("fewer"), _("KL, nats")),
-        rows=[(one.rank, whole(one.parameters), one.fewer, significant(one.kl, 4)) for one in points],
+        rows=[(one.words, whole(one.parameters), one.fewer, significant(one.kl, 4)) for one in points],
         numeric=frozenset({0, 1, 2, 3}),
     )
 
@@ -73,9 +86,9 @@ def _shapes(points: Sequence[Rank]) -> list[object]:
     ]
     free = float("inf")
     for one, (x, y) in reversed(list(zip(points, places, strict=True))):
-        hover = _("rank %(rank)s: KL %(kl)s") % {"rank": one.rank, "kl": significant(one.kl, 4)}
+        hover = _("rank %(rank)s: KL %(kl)s") % {"rank": one.words, "kl": significant(one.kl, 4)}
         shapes.append(element("circle", element("title", hover), cx=x, cy=y, r=3.5, class_="fill-accent"))
         if free - x >= APART:
-            shapes.append(text(x, y - 8, f"r{one.rank}", class_="tick", anchor="middle"))
+            shapes.append(text(x, y - 8, one.label, class_="tick", anchor="middle"))
             free = x
     return shapes

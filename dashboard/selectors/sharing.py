@@ -10,7 +10,7 @@ from typing import Any
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
-from dashboard.formats import byte_words, fixed, percent_words, whole
+from dashboard.formats import byte_words, fixed, percent_words, range_words, whole
 from dashboard.lifecycle import StepState
 from dashboard.models import Artifact, Step
 from dashboard.pictures import Candidate, Rank, Round, Sharing
@@ -59,7 +59,11 @@ def ranks_of(artifact: Artifact) -> list[Rank]:
     """What each measured rank would leave and cost before training."""
     told = artifact.figures.get("sharing") or {}
     before = (told.get("parameters") or {}).get("before")
-    return [Rank(one["rank"], one["parameters"], before, one["kl"]) for one in told.get("ranks") or [] if before]
+    return [
+        Rank(one["rank"], one["parameters"], before, one["kl"], one.get("lowest"))
+        for one in told.get("ranks") or []
+        if before
+    ]
 
 
 def savings(artifact: Artifact) -> list[str]:
@@ -83,13 +87,21 @@ def sharing_words(artifact: Artifact) -> str:
     count = len(_followers(told["groups"]))
     words = [
         ngettext("%(count)s follower", "%(count)s followers", count) % {"count": whole(count)},
-        _("rank %(rank)s") % {"rank": told["rank"]} if told["rank"] else _("signs"),
+        _rank_words(told),
     ]
     if told.get("scales"):
         words.append(_("scaled anchors"))
     if artifact.config.get("base_method", "none") != "none":
         words.append(_("%(bits)s-bit anchors") % {"bits": artifact.config["num_bits"]})
     return ", ".join(words)
+
+
+def _rank_words(told: Mapping[str, Any]) -> str:
+    """``rank 64``, or from the lowest to the highest where groups have ranks of their own."""
+    if not told["rank"]:
+        return _("signs")
+    ranks = (told.get("group_ranks") or {"": told["rank"]}).values()
+    return _("rank %(rank)s") % {"rank": range_words(min(ranks), max(ranks))}
 
 
 def _latest_round(steps: Iterable[Step]) -> Step | None:

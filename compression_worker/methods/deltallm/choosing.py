@@ -44,7 +44,7 @@ def choose_step(context: StepContext) -> StepOutput:
     """
     params = context.spec.params
     with Sources.of(context) as sources:
-        work = _Round(context, DeltaLLMConfig(**params["config"]), params["rank"], sources)
+        work = _Round(context, DeltaLLMConfig(**params["config"]), sources)
         for follower, anchor in params["by_hand"].items():
             work.add(int(follower), anchor)
         if not params["by_hand"]:
@@ -61,7 +61,7 @@ def choose_step(context: StepContext) -> StepOutput:
 class _Round:
     """The model with the followers chosen so far, and what was measured."""
 
-    def __init__(self, context: StepContext, config: DeltaLLMConfig, rank: int, sources: Sources) -> None:
+    def __init__(self, context: StepContext, config: DeltaLLMConfig, sources: Sources) -> None:
         before = context.input("previous") if "previous" in context.spec.inputs else None
         checkpoint = opened(context, "variant")
         self.groups: dict[int, int] = {}
@@ -76,7 +76,9 @@ class _Round:
         self._blocks = [self._student.model.get_submodule(path) for path, _ in _paths(checkpoint.manifest["config"])]
         calibrated = any(name.startswith("hessians") for name in context.spec.inputs)
         hessians = Hessians(context, checkpoint.fingerprint) if calibrated else None
-        self._starts = Starts(config, rank, sources, hessians, seed=context.spec.seed, device=context.device)
+        rank, own = context.spec.params["rank"], context.spec.params.get("group_ranks", {})
+        ranks = {int(follower): one for follower, one in own.items()}
+        self._starts = Starts(config, rank, ranks, sources, hessians, seed=context.spec.seed, device=context.device)
         for follower, anchor in (before.data["groups"] if before else {}).items():
             self.add(int(follower), anchor)
 

@@ -25,7 +25,7 @@ from compression_worker.methods.deltallm import figures, layout
 from compression_worker.methods.deltallm.choosing import pair_file, read_factors
 from compression_worker.methods.deltallm.config import SIGN, DeltaLLMConfig
 from compression_worker.methods.deltallm.differences import Pieces
-from compression_worker.methods.deltallm.groups import Budget, Depth, budget, check_rank, rounds
+from compression_worker.methods.deltallm.groups import Budget, Depth, budget, given, rounds, spread
 from compression_worker.methods.deltallm.matrices import Shareable, SharedMatrix, shareable, unshared
 from compression_worker.methods.deltallm.merge import load_model, load_packed, open_merged
 from compression_worker.methods.deltallm.sources import base_input
@@ -58,7 +58,7 @@ def plan_step(context: StepContext) -> StepOutput:
         protect_last=config.protect_last,
     )
     size = _budget(config, depth, layers, checkpoint.manifest["parameters"])
-    words = f"at rank {size.rank}" if size.rank else "by signs"
+    words = f"at rank {spread(size.rank, size.ranks.values(), ' to ')}" if size.rank else "by signs"
     context.log(f"{size.followers} of {depth.blocks} blocks follow another, {words}", "info")
     beneath = planned(context, config.base_method, config.base_config()).steps if config.quantizes else ()
     plan = _Plan(context, config, depth, size, beneath)
@@ -86,9 +86,7 @@ def _budget(config: DeltaLLMConfig, depth: Depth, layers: Shareable, parameters:
     """How many blocks follow and at what rank; given by hand, or as the target takes."""
     rank = 0 if config.share_form == SIGN else config.rank
     if by_hand := config.by_hand:
-        depth.check(by_hand)
-        check_rank(layers.sides, rank)
-        return Budget(len(by_hand), rank)
+        return given(by_hand, config.own_ranks, depth, layers.sides, rank)
     return budget(
         layers.sides,
         parameters,
@@ -240,7 +238,8 @@ class _Plan:
         )
 
     def _settings(self) -> Json:
-        return {"config": asdict(self._config), "rank": self._size.rank}
+        ranks = {str(follower): rank for follower, rank in self._size.ranks.items()}
+        return {"config": asdict(self._config), "rank": self._size.rank, **({"group_ranks": ranks} if ranks else {})}
 
     def _add(self, step: PlannedStep) -> str:
         self.steps.append(step)
@@ -280,12 +279,17 @@ def assemble_step(context: StepContext) -> StepOutput:
         figures=made,
         weigh=weigh,
         name_hint=f"{METHOD}-{len(groups)}shared-"
-        + (f"r{context.spec.params['rank']}" if context.spec.params["rank"] else SIGN)
+        + _rank_hint(context.spec.params)
         + (f"-{config.num_bits}bit" if base else ""),
         nominal_ratio=made["linears"]["true_ratio"],
         own_side=_readable(context, lines, raw, blobs[RAW_FILE]),
     )
     return assemble(context, parcel)
+
+
+def _rank_hint(params: Json) -> str:
+    """``r64``, ``r32-64`` or ``sign``."""
+    return f"r{spread(params['rank'], params.get('group_ranks', {}).values(), '-')}" if params["rank"] else SIGN
 
 
 def _readable(context: StepContext, lines: Mapping[str, Json], raw: Mapping[str, str], digest: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from compression_worker.bounds import one_of, positive, whole_number
 from compression_worker.contracts import CompressionError
-from compression_worker.methods.deltallm.groups import parse_groups
+from compression_worker.methods.deltallm.groups import parse_groups, parse_ranks
 from compression_worker.quantization.bases import BASES, base_config
 
 MODULES = {"mlp": ("mlp",), "mlp_attention": ("mlp", "attention"), "attention": ("attention",)}
@@ -55,8 +55,8 @@ class DeltaLLMConfig:
         metadata={
             "label": "Groups by hand",
             "help": (
-                "Anchor and followers by number of block, from 0: 4:5,6;10:11. Empty: chosen by what each candidate "
-                "costs on the text."
+                "Anchor and followers by number of block, from 0: 4:5,6;10:11. With @, a group has a rank of its own: "
+                "4:5,6@32. Empty: chosen by what each candidate costs on the text."
             ),
         },
     )
@@ -66,7 +66,7 @@ class DeltaLLMConfig:
             "label": "Rank",
             "help": (
                 "Of each difference (our reading). With a share of parameters as the target it decides how many layers "
-                "follow, and then grows as far as the target allows."
+                "follow, and then grows as far as the target allows. Groups by hand may have ranks of their own."
             ),
         },
     )
@@ -356,6 +356,10 @@ class DeltaLLMConfig:
                 "share_form=sign keeps a bit of every weight, and has no rank to meet a share of "
                 "parameters with: set followers or groups",
             )
+        if self.share_form == SIGN and self.own_ranks:
+            raise CompressionError(
+                "bad_setting", "groups have ranks, and share_form=sign has none: leave out what stands behind @"
+            )
         one_of("base_method", self.base_method, ("none", *BASES))
         if self.quantizes:
             self.base_config()
@@ -391,6 +395,11 @@ class DeltaLLMConfig:
     def by_hand(self) -> dict[int, int]:
         """Follower -> anchor, as given; empty where they are chosen."""
         return parse_groups(self.groups)
+
+    @property
+    def own_ranks(self) -> dict[int, int]:
+        """Follower -> rank, of the groups by hand that have one of their own."""
+        return parse_ranks(self.groups)
 
     def _check_together(self) -> None:
         """Refuse what needs the whole model's own weights beside quantized ones, or weights that do not stay."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from compression_worker.catalog import METHODS
 from compression_worker.contracts import CompressionError, Json
 from compression_worker.methods.deltallm.config import ITEM_BYTES, SIGN, DeltaLLMConfig, sign_bytes
-from compression_worker.methods.deltallm.groups import Budget, Depth, budget, check_rank, rounds, saving
+from compression_worker.methods.deltallm.groups import Budget, Depth, budget, given, rounds, saving
 from compression_worker.preflight import (
     FLOAT,
     PROCESS_BYTES,
@@ -53,7 +53,7 @@ class Plan:
         """What is trained of differences: factors, or a scale of each matrix."""
         if self.is_signs:
             return self.size.followers * len(self.sides)
-        return self.size.followers * (self.size.rank * sum(n + k for n, k in self.sides) + self.scales)
+        return self.size.all_ranks * sum(n + k for n, k in self.sides) + self.size.followers * self.scales
 
     def delta_bytes(self, item_bytes: int) -> int:
         """Differences as stored."""
@@ -118,9 +118,7 @@ def planned(config: DeltaLLMConfig, model: Model, shapes: Shapes | None) -> Plan
     rank = 0 if config.share_form == SIGN else config.rank
     try:
         if config.by_hand:
-            depth.check(config.by_hand)
-            check_rank(sides, rank)
-            size = Budget(len(config.by_hand), rank)
+            size = given(config.by_hand, config.own_ranks, depth, sides, rank)
         else:
             size = budget(
                 sides,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -16,26 +17,39 @@ from compression_worker.quantization.low_rank import closed_form, truncated
 
 
 class Starts:
-    """The factors that followers begin with, rounded to the dtype that they are stored in."""
+    """The factors that followers begin with, rounded to the dtype that they are stored in.
+
+    They have ``rank``, or what ``ranks`` says of a block.
+    """
 
     def __init__(
-        self, config: DeltaLLMConfig, rank: int, sources: Sources, hessians: Hessians | None, *, seed: int, device: str
+        self,
+        config: DeltaLLMConfig,
+        rank: int,
+        ranks: Mapping[int, int],
+        sources: Sources,
+        hessians: Hessians | None,
+        *,
+        seed: int,
+        device: str,
     ) -> None:
-        self._config, self._rank, self._sources, self._hessians = config, rank, sources, hessians
+        self._config, self._rank, self._ranks = config, rank, ranks
+        self._sources, self._hessians = sources, hessians
         self._seed, self._device = seed, device
         self._dtype: torch.dtype = getattr(torch, config.delta_dtype)
 
     def of(self, layers: Shareable, block: int, anchor: int) -> dict[str, Pieces]:
         """Factors of the matrices of ``block`` on ``anchor``, by name of weight."""
+        rank = self._ranks.get(block, self._rank)
         return {
-            follower.name: self._rounded(self._one(follower, theirs))
+            follower.name: self._rounded(self._one(follower, theirs, rank))
             for follower, theirs in layers.pairs({block: anchor})
         }
 
-    def _one(self, follower: SharedMatrix, anchor: SharedMatrix) -> Pieces:
+    def _one(self, follower: SharedMatrix, anchor: SharedMatrix, rank: int) -> Pieces:
         seed = int(sha256(f"{self._seed} {follower.name} {anchor.name}".encode())[:15], 16)
         if self._config.start == "zero":
-            return (*_zero(follower.sides, self._rank, seed), *self._scale(torch.ones(1)))
+            return (*_zero(follower.sides, rank, seed), *self._scale(torch.ones(1)))
         own, theirs = (self._sources.own(follower).to(self._device), self._sources.anchor(anchor).to(self._device))
         if self._config.share_form == SIGN:
             return signs_of(own - theirs)
@@ -43,8 +57,8 @@ class Starts:
         scale = self._scale(likeness(own, theirs, hessian))
         delta = own - scale[0].to(own) * theirs if scale else own - theirs
         if hessian is None:
-            return (*truncated(delta, self._rank, seed), *scale)
-        a, b, _ = closed_form(delta, hessian, self._rank)
+            return (*truncated(delta, rank, seed), *scale)
+        a, b, _ = closed_form(delta, hessian, rank)
         return (a, b, *scale)
 
     def _scale(self, c: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -40,7 +40,7 @@ def made(
             "groups": _groups(chosen["groups"]),
             "form": config.share_form,
             "blocks": len(architecture_of(opened(context, "variant")).blocks),
-            "rank": context.spec.params["rank"],
+            **{name: value for name, value in context.spec.params.items() if name in ("rank", "group_ranks")},
             "rounds": chosen["rounds"],
             "kl_before_training": chosen["curve"][-1]["kl"],
             "parameters": parameters(manifest["parameters"], table),
@@ -60,15 +60,17 @@ def parameters(before: int, table: Mapping[str, Json]) -> Json:
 
 
 def ranks(points: Sequence[Json], before: int, table: Mapping[str, Json]) -> list[Json]:
-    """Each measured rank, the highest where matrices differ, with the parameters that it leaves."""
+    """Each measured rank with the parameters that it leaves: the highest, and the lowest where matrices differ."""
     shared = {name: entry for name, entry in table.items() if entry["kind"] == "shared"}
     found = []
     for point in points:
         parts = point["parts"]
         cut = {name: entry | {"rank": entry["rank"] // parts if parts else 0} for name, entry in shared.items()}
+        low, high = (pick(entry["rank"] for entry in cut.values()) for pick in (min, max))
         found.append(
             {
-                "rank": max(entry["rank"] for entry in cut.values()),
+                "rank": high,
+                **({"lowest": low} if low < high else {}),
                 "parameters": parameters(before, cut)["after"],
                 "kl": point["kl"],
             }

@@ -12,22 +12,17 @@ that first and last blocks are not shared is our reading.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from compression_worker.contracts import CompressionError
 
 
 def parse_groups(text: str) -> dict[int, int]:
-    """Follower -> anchor out of ``4:5,6;10:11``. Refuses other text, and groups that contradict each other."""
+    """Follower -> anchor out of ``4:5,6@32;10:11``. Refuses other text, and groups that contradict each other."""
     found: dict[int, int] = {}
-    for group in filter(None, (one.strip() for one in text.split(";"))):
-        head, _, tail = group.partition(":")
-        try:
-            anchor, followers = int(head), [int(one) for one in tail.split(",")]
-        except ValueError:
-            raise _bad(f"'{group}' is no group; write anchor:follower,follower as in 4:5,6;10:11") from None
+    for anchor, followers, _ in _groups(text):
         for follower in followers:
             if not 0 <= anchor < follower:
                 raise _bad(f"block {follower} cannot follow block {anchor}: an anchor comes before its followers")
@@ -37,6 +32,29 @@ def parse_groups(text: str) -> dict[int, int]:
     if both := sorted(found.keys() & set(found.values())):
         raise _bad(f"block {both[0]} is an anchor and a follower; it can be one of them")
     return found
+
+
+def parse_ranks(text: str) -> dict[int, int]:
+    """Follower -> rank of the groups that say one: 5 and 6 -> 32 out of ``4:5,6@32;10:11``."""
+    return {follower: rank for _, followers, rank in _groups(text) if rank is not None for follower in followers}
+
+
+def _groups(text: str) -> Iterator[tuple[int, list[int], int | None]]:
+    """Anchor, followers and rank of each group as written."""
+    for group in filter(None, (one.strip() for one in text.split(";"))):
+        blocks, at, said = group.partition("@")
+        head, _, tail = blocks.partition(":")
+        try:
+            anchor, followers = int(head), [int(one) for one in tail.split(",")]
+            rank = int(said) if at else None
+        except ValueError:
+            raise _bad(
+                f"'{group}' is no group; write anchor:follower,follower as in 4:5,6;10:11, and @rank behind a group "
+                "that has a rank of its own, as in 4:5,6@32"
+            ) from None
+        if rank is not None and rank < 1:
+            raise _bad(f"group '{group}' has rank {rank}; it must be 1 or more")
+        yield anchor, followers, rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +111,16 @@ def picked(measured: Mapping[int, float], depth: Depth, chosen: Mapping[int, int
 
 @dataclass(frozen=True)
 class Budget:
-    """How many blocks follow, and at what rank."""
+    """How many blocks follow, and at what rank: each of them, or the highest where ``ranks`` names each follower's."""
 
     followers: int
     rank: int
+    ranks: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def all_ranks(self) -> int:
+        """The sum of the followers' ranks."""
+        return sum(self.ranks.values()) if self.ranks else self.followers * self.rank
 
 
 def saving(sides: Sequence[tuple[int, int]], rank: int) -> int:
@@ -109,12 +133,35 @@ def highest_rank(sides: Sequence[tuple[int, int]]) -> int:
     return min((n * k - 1) // (n + k) for n, k in sides)
 
 
-def check_rank(sides: Sequence[tuple[int, int]], rank: int) -> None:
-    """Refuse a rank at which a difference is as large as a matrix."""
+def check_rank(sides: Sequence[tuple[int, int]], rank: int, whose: str = "rank") -> None:
+    """Refuse a rank at which a difference is as large as a matrix; ``whose`` names it."""
     side, most = min(min(pair) for pair in sides), highest_rank(sides)
     if rank > most:
         what = f"has {side} rows or columns only" if rank > side else "would not become smaller"
-        raise _bad(f"rank is {rank}, and a shared matrix {what}; the highest rank that saves anything is {most}")
+        raise _bad(f"{whose} is {rank}, and a shared matrix {what}; the highest rank that saves anything is {most}")
+
+
+def given(
+    groups: Mapping[int, int], own: Mapping[int, int], depth: Depth, sides: Sequence[tuple[int, int]], rank: int
+) -> Budget:
+    """What ``groups`` (follower -> anchor) come to, at ``rank`` where ``own`` (follower -> rank) has no other.
+
+    Refuses groups that the model does not have, and ranks that save nothing.
+    """
+    depth.check(groups)
+    ranks = {follower: own.get(follower, rank) for follower in sorted(groups)}
+    for follower, one in ranks.items():
+        whose = (
+            f"the rank of block {follower}, in the group of block {groups[follower]}," if follower in own else "rank"
+        )
+        check_rank(sides, one, whose)
+    return Budget(len(groups), max(ranks.values()), ranks if own else {})
+
+
+def spread(rank: int, ranks: Collection[int], between: str) -> str:
+    """``64``, or the lowest and the highest of ``ranks`` where they differ: ``32 to 64``."""
+    low, high = min(ranks, default=rank), max(ranks, default=rank)
+    return f"{low}{between}{high}" if low < high else str(high)
 
 
 def budget(

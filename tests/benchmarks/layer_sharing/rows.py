@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ class SharingRow(Row):
         """With ``usual`` settings where it has none of its own, and with the groups of what ``sharing`` tells of."""
         own = {setting.partition("=")[0] for setting in self.set}
         if sharing is not None:
-            groups = (f"{anchor}:{','.join(map(str, followers))}" for anchor, followers in sharing["groups"].items())
+            ranks = sharing.get("group_ranks", {})
+            groups = (
+                f"{anchor}:{','.join(map(str, some))}" + (f"@{rank}" if rank else "")
+                for anchor, followers in sharing["groups"].items()
+                for rank, some in groupby(followers, key=lambda one: ranks.get(str(one)))
+            )
             usual = {**usual, "groups": ";".join(groups), "rank": sharing["rank"]}
         return replace(self, set=(*self.set, *(f"{name}={value}" for name, value in usual.items() if name not in own)))
 

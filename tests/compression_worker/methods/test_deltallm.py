@@ -157,6 +157,48 @@ def test_a_group_is_chosen_by_hand_and_its_cost_is_measured(made: Made) -> None:
     assert shared["model.layers.3.mlp.up_proj.weight"] == "model.layers.1.mlp.up_proj.weight"
 
 
+RANKS = {1: 12, 3: 3, 4: 3}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"share_form": "scaled"}, {"start": "svd_covariance"}, {"start": "zero"}, {"base_method": "gptq"}, LEARNING],
+)
+def test_groups_by_hand_may_have_a_rank_each(job: Job, settings: Json) -> None:
+    made = job.run(**settings | {"groups": "0:1@12;2:3,4", "rank": 3})
+    table = made.artifact.manifest["tensors"]
+    for name, entry in table.items():
+        if entry["kind"] == "shared":
+            assert entry["rank"] == RANKS[int(name.split(".")[2])], name
+    deltas = load_file(made.artifact.paths[DELTAS_FILE])
+    assert deltas["model.layers.1.mlp.up_proj.weight#A"].shape == (12, 64)
+    assert deltas["model.layers.4.mlp.up_proj.weight#B"].shape == (128, 3)
+    scales = 9 if settings.get("share_form") == "scaled" else 0
+    expected = 2 * (3 * (12 + 3 + 3) * (64 + 128) + scales)
+    assert {part["name"]: part["bytes"] for part in made.artifact.parts}["deltas"] == expected
+    assert (made.sharing["rank"], made.sharing["group_ranks"]) == (12, {"1": 12, "3": 3, "4": 3})
+    if points := made.sharing.get("ranks"):
+        assert [(point.get("lowest"), point["rank"]) for point in points] == [
+            (None, 0),
+            (0, 1),
+            (0, 3),
+            (1, 6),
+            (3, 12),
+        ]
+        assert points[-1]["parameters"] == made.sharing["parameters"]["after"]
+    assert made.output.data["name_hint"].endswith("3shared-r3-12" + ("-4bit" if "base_method" in settings else ""))
+    shared, full = (load_model(None, made.artifact, "cpu", torch.float32, dense=dense) for dense in (False, True))
+    torch.testing.assert_close(logits(shared), logits(full), rtol=1e-4, atol=1e-4)
+
+
+def test_one_rank_of_all_groups_is_as_if_it_were_the_rank(job: Job) -> None:
+    own, plain = job.run(groups="1:2,3@5", rank=64), job.run(groups="1:2,3", rank=5)
+    assert own.output.blobs[DELTAS_FILE] == plain.output.blobs[DELTAS_FILE]
+    assert (own.sharing["rank"], own.sharing["group_ranks"]) == (5, {"2": 5, "3": 5})
+    assert own.output.data["name_hint"] == plain.output.data["name_hint"]
+    assert "group_ranks" not in plain.sharing
+
+
 def test_what_is_stored_is_the_checkpoint_less_what_is_shared(made: Made) -> None:
     source = load_file(made.job.model / "model.safetensors")
     raw = load_file(made.artifact.paths["raw.safetensors"])
@@ -251,6 +293,8 @@ def test_a_tied_head_stays_tied(tied: bool, tmp_path: Path) -> None:
         ({"groups": "1:2", "rank": 64}, "highest rank that saves anything is 42"),
         ({"groups": "1:2", "rank": 500}, "has 64 rows or columns only"),
         ({"groups": "1:2", "rank": 43}, "would not become smaller; the highest rank that saves anything is 42"),
+        ({"groups": "1:2;3:4@43"}, "the rank of block 4, in the group of block 3, is 43, .* would not become smaller"),
+        ({"groups": "1:2@500"}, "the rank of block 2, in the group of block 1, is 500, .* has 64 rows or columns only"),
         ({"followers": 5}, "followers is 5, and 4 blocks can follow at most"),
         ({"target_reduction": 0.9}, r"4 followers of rank 4 save \d+\.?\d* % of the parameters at most"),
         ({"protect_first": 3, "protect_last": 3}, "no layer can be shared: of 6 blocks the first 3 and the last 3"),
@@ -303,6 +347,7 @@ def test_a_text_is_asked_for(job: Job) -> None:
         ({"slope": 0}, "slope is 0"),
         ({"share_form": "sparse"}, "share_form is 'sparse'"),
         ({"share_form": "sign"}, "set followers or groups"),
+        ({"share_form": "sign", "groups": "1:2@4"}, "share_form=sign has none: leave out what stands behind @"),
         ({"share_form": "sign", "followers": 1, "start": "zero"}, "have one start"),
         ({"base_method": "int21"}, "base_method is 'int21'; it may be one of none, gptq, quip_sharp"),
         ({"base_method": "gptq", "num_bits": 5}, "num_bits is 5"),
@@ -334,10 +379,12 @@ def test_a_target_is_met(job: Job, form: str) -> None:
     "settings",
     [
         {"groups": "1:2,3"},
+        {"groups": "0:1@9;2:3,4@2", "rank": 64},
         {"followers": 3},
         {"followers": 2, "start": "svd_covariance"},
         {**LEARNING, "epochs": 2},
         {**LEARNING, "base_method": "gptq"},
+        {**LEARNING, "groups": "0:1@9;2:3", "share_form": "scaled"},
         {**LEARNING, "share_form": "sign"},
         {**LEARNING, "share_form": "scaled"},
     ],

@@ -10,10 +10,13 @@ from compression_worker.methods.deltallm.estimate import estimate
 from compression_worker.methods.deltallm.groups import (
     Depth,
     budget,
+    given,
     parse_groups,
+    parse_ranks,
     picked,
     rounds,
     saving,
+    spread,
 )
 from compression_worker.preflight import Inputs, Model
 
@@ -21,6 +24,8 @@ from compression_worker.preflight import Inputs, Model
 def test_groups_are_read_as_they_are_written() -> None:
     assert parse_groups(" 4:5, 6; 10:11") == {5: 4, 6: 4, 11: 10}
     assert parse_groups("") == {}
+    assert parse_groups("4:5,6@32; 10:11 @ 64;4:7") == {5: 4, 6: 4, 11: 10, 7: 4}
+    assert parse_ranks("4:5,6@32; 10:11 @ 64;4:7") == {5: 32, 6: 32, 11: 64}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +38,12 @@ def test_groups_are_read_as_they_are_written() -> None:
         ("-1:4", "block 4 cannot follow block -1"),
         ("1:3;2:3", "block 3 follows twice"),
         ("1:2;2:3", "block 2 is an anchor and a follower"),
+        ("1:2@", "'1:2@' is no group; .* as in 4:5,6@32"),
+        ("1:2@half", "'1:2@half' is no group"),
+        ("1:2@4@8", "'1:2@4@8' is no group"),
+        ("1@4:2", "'1@4:2' is no group"),
+        ("0:1;2:3@0", "group '2:3@0' has rank 0; it must be 1 or more"),
+        ("1:2@-4", "has rank -4"),
     ],
 )
 def test_groups_that_contradict_each_other_are_refused(text: str, words: str) -> None:
@@ -105,6 +116,21 @@ def test_the_estimate_reads_phi_from_its_config() -> None:
     found = estimate(DeltaLLMConfig(), Inputs(variant=model))
     assert found.exact
     assert found.result_bytes == pytest.approx(0.88 * model.weight_bytes, rel=0.002)
+
+
+def test_a_group_has_the_rank_that_it_says_and_others_that_of_all() -> None:
+    depth = Depth(blocks=12, alike=tuple(range(12)), protect_first=1, protect_last=1)
+    text = "4:5,6@32;10:11@100;7:8"
+    found = given(parse_groups(text), parse_ranks(text), depth, PHI, 64)
+    assert found.ranks == {5: 32, 6: 32, 11: 100, 8: 64}
+    assert (found.followers, found.rank, found.all_ranks) == (4, 100, 228)
+    assert spread(found.rank, found.ranks.values(), " to ") == "32 to 100"
+    plain = given({5: 4, 6: 4}, {}, depth, PHI, 64)
+    assert (plain.rank, plain.ranks, plain.all_ranks) == (64, {}, 128)
+    assert spread(plain.rank, plain.ranks.values(), "-") == "64"
+    assert given({5: 4}, {5: 32}, depth, PHI, 5000).rank == 32, "a rank that nobody has is not checked"
+    with pytest.raises(CompressionError, match="the rank of block 11, in the group of block 10, is 5000, and a shared"):
+        given(parse_groups(text), {11: 5000}, depth, PHI, 64)
 
 
 def test_rounds_come_to_all_followers() -> None:

@@ -19,8 +19,8 @@ def test_it_says_what_the_rank_buys_and_carries_every_point() -> None:
     picture = ranks_picture(POINTS)
     assert picture is not None
     assert picture.title == "Before training KL falls from 0.900 nats at rank 0 to 0.250 at rank 32"
-    assert picture.rows[0] == (0, "800", "20.0 %", "0.9000")
-    assert picture.rows[-1] == (32, "928", "7.2 %", "0.2500")
+    assert picture.rows[0] == ("0", "800", "20.0 %", "0.9000")
+    assert picture.rows[-1] == ("32", "928", "7.2 %", "0.2500")
     assert len(shapes(picture, "circle")) == len(POINTS)
 
 
@@ -36,3 +36,11 @@ def test_a_rank_that_brings_nothing_is_said_to(worse: float) -> None:
     picture = ranks_picture([POINTS[0], Rank(8, 900, 1000, worse)])
     assert picture is not None
     assert "brings nothing" in picture.title
+
+
+def test_ranks_that_differ_are_named_from_the_lowest_to_the_highest() -> None:
+    picture = ranks_picture([POINTS[0], Rank(32, 900, 1000, 0.25, lowest=8)])
+    assert picture is not None
+    assert picture.title == "Before training KL falls from 0.900 nats at rank 0 to 0.250 at rank 8 to 32"
+    assert picture.rows[-1][0] == "8 to 32"
+    assert "r8–32" in [one.text for one in shapes(picture, "text", "tick")]

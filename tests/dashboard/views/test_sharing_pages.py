@@ -158,6 +158,20 @@ def test_signs_have_no_rank() -> None:
     assert sharing_words(Artifact(figures=figures, config={})) == "3 followers, signs"
 
 
+def test_ranks_of_groups_are_named_from_the_lowest_to_the_highest(shared: Artifact, client: Client) -> None:
+    told = shared.figures["sharing"]
+    told |= {"rank": 64, "group_ranks": {"3": 64, "4": 64, "6": 32}}
+    assert sharing_words(shared) == "3 followers, rank 32 to 64"
+    told["ranks"] = [{"rank": 0, "parameters": 260_000, "kl": 0.5}]
+    told["ranks"].append({"rank": 64, "lowest": 32, "parameters": 266_048, "kl": 0.1})
+    shared.save()
+    shown = page(client, "artifact-detail", shared.pk)
+    assert "3 followers, rank 32 to 64" in shown
+    assert "KL falls from 0.500 nats at rank 0 to 0.100 at rank 32 to 64" in shown
+    told["group_ranks"] = dict.fromkeys(told["group_ranks"], 64)
+    assert sharing_words(shared) == "3 followers, rank 64"
+
+
 def test_what_anchors_still_give_is_said(shared: Artifact) -> None:
     assert len(savings(shared)) == 2
     shared.figures["sharing"]["scales"] = {"a": -0.02, "b": 0.31, "c": 0.004}
