@@ -88,8 +88,9 @@ class Runner:
         digest = self.store.write_bytes(output.to_bytes())
         failpoint("child.stored")
         measured.setdefault("seconds", time.monotonic() - started)
-        measured["peak_memory_bytes"] = float(machine.peak_bytes())
-        measured |= gpu_peak(context.device)
+        # A step that was shared among processes has measured theirs.
+        measured["peak_memory_bytes"] = measured.get("peak_memory_bytes", 0.0) + float(machine.peak_bytes())
+        measured = gpu_peak(context.device) | measured
         return digest, output, measured
 
     def _result(self, spec: StepSpec, cached: str, emit: Emit) -> Json:

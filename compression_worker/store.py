@@ -110,6 +110,7 @@ class Store:
     def __init__(self, root: str | os.PathLike[str], *, durable: bool = True) -> None:
         """``durable=False`` is for a store that one process throws away: nothing is synchronised to disk."""
         self.root = Path(root).absolute()
+        self.address = str(self.root)
         self.durable = durable
         self._blobs = self.root / "sha256"
         self._views = self.root / "views"

@@ -16,6 +16,7 @@ from compression_worker.distillation import scheduled
 from compression_worker.making.table import six_digits
 from compression_worker.quantization.divergence import Divergence
 from compression_worker.quantization.passes import at_once
+from compression_worker.quantization.ranks import joined
 from compression_worker.quantization.teacher import HELD_OUT, TRAINED, TopLogits, read_logits, read_windows
 
 RISE = 0.05
@@ -85,7 +86,9 @@ def optimizer_steps(
 ) -> list[float]:
     """The loss of each optimizer step; a few windows go through the model at a time, and their gradients add up.
 
-    ``loss_of`` rows of ``windows (W, T)`` is their mean; ``begin`` is told the number of each step before. Raises
+    ``loss_of`` rows of ``windows (W, T)`` is their mean; ``begin`` is told the number of each step before. Where this
+    process is one of several that share the step (:mod:`compression_worker.quantization.ranks`), it takes its part of
+    the windows, and losses and gradients are those of all together before they are clipped. Raises
     :class:`CompressionError` (``diverged``) where a loss or a gradient is not finite.
     """
     params = context.spec.params
@@ -93,25 +96,33 @@ def optimizer_steps(
     together = at_once(batch_size, windows.shape[1], vocabulary)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     losses = []
-    for step in range(first, last):
-        begin(step)
-        loss = 0.0
-        for rows in parts_of((step - first) * batch_size, batch_size, together):
-            part = loss_of(rows) * ((rows.stop - rows.start) / batch_size)
-            if part.requires_grad:  # not where nothing that learns took part
-                part.backward()
-            loss += float(part.detach())
-        norm = torch.nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
-        if not math.isfinite(loss) or not bool(norm.isfinite()):
-            raise CompressionError(
-                "diverged", f"the loss of training step {step + 1} is not finite: lower learning_rate"
-            )
-        optimizer.param_groups[0]["lr"] = rate_at(learning_rate, step, params["total"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
-        context.progress(step - first + 1, last - first, "training steps")
+    with joined(context.device) as share:
+        for step in range(first, last):
+            begin(step)
+            rows = share.rows((step - first) * batch_size, batch_size)
+            loss = share.summed(_gradients(loss_of, rows, together, batch_size), trained)
+            norm = torch.nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
+            if not math.isfinite(loss) or not bool(norm.isfinite()):
+                raise CompressionError(
+                    "diverged", f"the loss of training step {step + 1} is not finite: lower learning_rate"
+                )
+            optimizer.param_groups[0]["lr"] = rate_at(learning_rate, step, params["total"])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss)
+            context.progress(step - first + 1, last - first, "training steps")
     return losses
+
+
+def _gradients(loss_of: Callable[[slice], torch.Tensor], rows: slice, together: int, batch_size: int) -> float:
+    """Add to the gradients what windows ``rows`` of a batch give; their part of its mean loss."""
+    loss = 0.0
+    for some in parts_of(rows.start, rows.stop - rows.start, together):
+        part = loss_of(some) * ((some.stop - some.start) / batch_size)
+        if part.requires_grad:  # not where nothing that learns took part
+            part.backward()
+        loss += float(part.detach())
+    return loss
 
 
 def round_parameters(parameters: Iterable[torch.nn.Parameter], dtype: str, setting: str, what: str) -> None:

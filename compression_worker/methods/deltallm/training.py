@@ -35,6 +35,7 @@ from compression_worker.quantization.learning import (
     read_training,
     round_parameters,
 )
+from compression_worker.quantization.ranks import in_processes, is_first, processes
 from compression_worker.quantization.teacher import TopLogits, read_logits
 
 STATE_FILE = "state.safetensors"
@@ -46,6 +47,8 @@ def train_step(context: StepContext) -> StepOutput:
     """Optimizer steps ``first`` to ``last``; the output carries the state and what was measured."""
     params = context.spec.params
     config = DeltaLLMConfig(**params["config"])
+    if (count := processes(context.device, config.batch_size)) > 1:
+        return in_processes(context, count)
     before = context.input("previous") if "previous" in context.spec.inputs else None
     chosen = context.input("chosen")
     student = learner(context, config)
@@ -55,6 +58,8 @@ def train_step(context: StepContext) -> StepOutput:
     started = time.monotonic()
     windows = read_training(context, config.batch_size)
     losses = _trained(context, student, optimizer, config, windows)
+    if not is_first():
+        return StepOutput()
     context.measure("seconds_per_training_step", (time.monotonic() - started) / (params["last"] - params["first"]))
     if params["final"]:
         round_factors(student, config)

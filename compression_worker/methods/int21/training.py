@@ -33,6 +33,7 @@ from compression_worker.quantization.learning import (
     read_training,
     round_parameters,
 )
+from compression_worker.quantization.ranks import in_processes, is_first, processes
 from compression_worker.quantization.teacher import TopLogits, computing_dtype, read_logits
 
 STATE_FILE, ADAPTER_FILE = "state.safetensors", "adapter.safetensors"
@@ -73,6 +74,8 @@ def train_step(context: StepContext) -> StepOutput:
     """Optimizer steps ``first`` to ``last`` of a phase; the output carries the state and what was measured."""
     params = context.spec.params
     config, phase, first, last = Int21Config(**params["config"]), params["phase"], params["first"], params["last"]
+    if (count := processes(context.device, config.batch_size)) > 1:
+        return in_processes(context, count)
     base = packed_base(context)
     student = Student.on(base, config, context.device)
     held = HeldOut(context, config.temperature)
@@ -86,6 +89,8 @@ def train_step(context: StepContext) -> StepOutput:
     started = time.monotonic()
     windows = read_training(context, config.batch_size)
     losses = _trained(context, student, optimizer, config, windows)
+    if not is_first():
+        return StepOutput()
     context.measure("seconds_per_training_step", (time.monotonic() - started) / (last - first))
     if params["final"]:
         _round(student, config)
