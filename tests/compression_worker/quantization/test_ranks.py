@@ -182,7 +182,7 @@ def test_one_that_is_killed_ends_the_step_and_all_others(job: Job, sharing: Step
             if rank_of(pid) == 1:
                 os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(RankFailed, match="process 2 of 2 that shared the training step: .*signal 9"):
+    with pytest.raises(RankFailed, match=r"process 2 of 2 that shared the training step: .*signal 9"):
         in_processes(silent(job.store, sharing, progress=kill_the_second), 2)
     assert left() == []
 
