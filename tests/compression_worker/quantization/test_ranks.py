@@ -25,11 +25,12 @@ from tests.compression_worker.methods.sharing import LAYERS, LEARNING, QUICK, Jo
 from tests.tiny import make_tiny_pair
 
 PROJECT = Path(__file__).parents[3]
-UNEVEN: Json = {**QUICK, **LEARNING, "tokens": 240, "batch_size": 3}
-"""Five optimizer steps on three windows each: one process takes one of them, the other two."""
+UNEVEN: Json = {**QUICK, **LEARNING, "tokens": 240, "batch_size": 3, "delta_dtype": "float32"}
+"""Five optimizer steps on three windows each: one process takes one of them, the other two. Factors are compared as they
+learned: rounded to 16 bits, a difference far below the tolerance becomes a whole unit in the last place of a few."""
 INT21: Json = {
     **{"tokens": 128, "window_tokens": 16, "batch_size": 2, "held_out": 2, "samples": 4, "length": 32, "rank": 4},
-    **{"teacher_logits": 16, "learning_rate": 1e-3},
+    **{"teacher_logits": 16, "learning_rate": 1e-3, "adapter_dtype": "float32"},
 }
 KILLED_WHILE = """
 import json, sys
