@@ -103,8 +103,9 @@ class Sharing(Contest[Line]):
         self.sharing: dict[tuple[str, float], Json] = {}
 
     def lines(self) -> Iterator[Line]:
-        """At each reduction ours first, whose trained parameters are how many a peer's adapters have there."""
+        """At each reduction ours first: as many parameters as the largest of them trains, a peer's adapters have there."""
         for reduction in map(float, self.args.reductions.split(",")):
+            self.trainable = 0
             for row in (one for one in self.rows if one.made_at(reduction)):
                 yield from self.kept(f"{row.name}, {reduction:.0%}", partial(self._ours, row, reduction), ours=True)
             for name in filter(None, self.args.peers.split(";")):
@@ -130,11 +131,13 @@ class Sharing(Contest[Line]):
         self.sharing[row.name, reduction] = figures
         counts = figures["parameters"]
         shared = [line for line in artifact.manifest["tensors"].values() if line["kind"] == "shared"]
-        self.trainable = sum(line["rank"] * sum(line["shape"]) for line in shared if "rank" in line) or self.trainable
+        trained = sum(line["rank"] * sum(line["shape"]) for line in shared if "rank" in line)
+        self.trainable = max(self.trainable, trained)
         size = artifact.summary()["artifact_bytes"]
         return self._measured(row.name, reduction, model, counts["after"], size, peer=False, compared=row.bits == 16)
 
     def _peer(self, name: str, reduction: float) -> Line:
+        torch.manual_seed(0)
         model = copy.deepcopy(self.whole)
         PEERS[name](model, self.lesson_windows[:8], int(reduction * self.parameters))
         left = parameters(model)
