@@ -32,6 +32,7 @@ INT21: Json = {
     **{"tokens": 128, "window_tokens": 16, "batch_size": 2, "held_out": 2, "samples": 4, "length": 32, "rank": 4},
     **{"teacher_logits": 16, "learning_rate": 1e-3, "adapter_dtype": "float32"},
 }
+STARTED_BY = "TESTED_BY"
 KILLED_WHILE = """
 import json, sys
 from compression_worker.contracts import StepSpec
@@ -67,6 +68,11 @@ class Heard:
         )
 
 
+@pytest.fixture(autouse=True)
+def fixture_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STARTED_BY, str(os.getpid()))
+
+
 @pytest.fixture(scope="module", name="job")
 def fixture_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("ranks")
@@ -97,11 +103,12 @@ def state_of(job: Job, output: StepOutput) -> dict[str, torch.Tensor]:
 
 
 def left() -> list[int]:
-    """Processes of this test that share a step."""
+    """Processes that share a step and come from this one, which others of its kind may run beside."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if f"{RENDEZVOUS}=".encode() in (process / "environ").read_bytes():
+            environment = (process / "environ").read_bytes()
+            if f"{RENDEZVOUS}=".encode() in environment and f"{STARTED_BY}={os.getpid()}\0".encode() in environment:
                 found.append(int(process.name))
         except OSError:
             continue
