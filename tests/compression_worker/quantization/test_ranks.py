@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 
 from compression_worker import catalog, runner
 from compression_worker.contracts import CompressionError, Json, StepContext, StepOutput, StepSpec
-from compression_worker.methods.deltallm.training import COUNT, STATE_FILE
+from compression_worker.methods.deltallm.training import COUNT, FIRST, SECOND, STATE_FILE
 from compression_worker.quantization.ranks import RENDEZVOUS, RankFailed, Share, in_processes, processes
 from compression_worker.store import Store
 from tests.compression_worker.methods.sharing import LAYERS, LEARNING, QUICK, Job
@@ -130,9 +130,14 @@ def compare(job: Job, spec: StepSpec) -> StepOutput:
     assert two.data["losses"] == pytest.approx(one.data["losses"], rel=1e-4)
     assert two.data["curve"][-1]["kl"] == pytest.approx(one.data["curve"][-1]["kl"], rel=1e-4)
     ours, theirs = state_of(job, one), state_of(job, two)
+    # AdamW divides by the size of a gradient: where that is 1e-8, rounding moves a factor by some 1e-4 of a step.
+    of_a_step = 1e-3 * spec.params["config"]["learning_rate"]
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-7, msg=name)
+        atol = 1e-7 if name.endswith((FIRST, SECOND, COUNT)) else of_a_step
+        torch.testing.assert_close(
+            theirs[name], tensor, rtol=1e-4, atol=atol, msg=lambda text, at=name: f"{at}: {text}"
+        )
     assert not any("divided" in line for line in alone.logs)
     assert both.logs[0] == "the windows of each training step are divided over 2 processes"
     assert len(both.logs) == 1 + len(alone.logs), "the first process alone is heard"
