@@ -151,7 +151,8 @@ def _cut_ends(model: Any, entry: torch.Tensor, turn: torch.Tensor, size: int) ->
         model.model.embed_tokens = torch.nn.Embedding(
             vocabulary, size, embeddings.padding_idx, _weight=embeddings.weight @ entry
         )
-        model.config.tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}  # the two ends turn apart, also where they are of one matrix
     model.model.norm = Norm(norm)
 
 
