@@ -11,6 +11,8 @@ of the parameters.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -71,6 +73,8 @@ def measured(artifact: Path, form: str, tokens: int) -> int:
     forget_peak()
     before = peak_bytes()
     model = load_model(None, found, "cpu", torch.float32, dense=form == "dense")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not held by the model
     forget_peak()
     _written(model, tokens)
     return peak_bytes() - before

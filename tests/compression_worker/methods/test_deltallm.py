@@ -235,7 +235,7 @@ def test_memory_holds_each_anchor_once(made: Made, dtype: torch.dtype | None) ->
 
 
 def test_a_process_that_writes_holds_less_by_what_is_shared(tmp_path: Path) -> None:
-    job = Job(tmp_path, make_tiny_pair(tmp_path, tied=False, layers=LAYERS, hidden=512)[0])
+    job = Job(tmp_path, make_tiny_pair(tmp_path, tied=False, layers=LAYERS, hidden=1024)[0])
     made = job.run(groups="1:2,3,4", followers=None)
     folder = tmp_path / "artifact"
     artifacts.write_folder(folder, job.store, made.output.blobs)
