@@ -19,6 +19,7 @@ from compression_worker.quantization.low_rank import truncated
 from compression_worker.runner import Runner, run_plan
 from compression_worker.samples import TEXT, parse_samples
 from compression_worker.store import Store
+from tests.tiny import make_tiny_pair
 
 SENTENCES = [f"Sentence {n}: the quick brown fox jumps over the lazy dog." for n in range(60)]
 TEXTS = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in SENTENCES)
@@ -36,12 +37,12 @@ TOKENS = torch.arange(40, 60).view(1, 20)
 class Job:
     """A model and a text in a store, and plans that run there."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, text: bytes = TEXTS) -> None:
         self.folder, self.model = folder, model
         self.store = Store(folder / "store", durable=False)
         self.inputs = {
             "variant": attach_folder(self.store, model),
-            "calibration": self.store.write_bytes(parse_samples(TEXTS, TEXT).data),
+            "calibration": self.store.write_bytes(parse_samples(text, TEXT).data),
         }
 
     @cached_property
@@ -81,6 +82,11 @@ class Made:
     def sharing(self) -> Json:
         found: Json = self.artifact.manifest["figures"]["sharing"]
         return found
+
+
+def six_layers(folder: Path) -> Job:
+    """A job on an untied model of :data:`LAYERS` blocks."""
+    return Job(folder, make_tiny_pair(folder, tied=False, layers=LAYERS)[0])
 
 
 def logits(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:

@@ -25,15 +25,13 @@ from compression_worker.methods.deltallm.training import loss_of, replace_module
 from compression_worker.quantization.learning import HeldOut
 from compression_worker.quantization.teacher import TopLogits
 from compression_worker.runner import Runner, resolve_inputs
-from tests.compression_worker.methods.sharing import LAYERS, LEARNING, TOKENS, Job, Made, logits, starts
+from tests.compression_worker.methods.sharing import LEARNING, TOKENS, Job, Made, logits, six_layers, starts
 from tests.families import make_family_pair
-from tests.tiny import make_tiny_pair
 
 
 @pytest.fixture(scope="module", name="job")
 def fixture_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    folder = tmp_path_factory.mktemp("deltallm")
-    return Job(folder, make_tiny_pair(folder, tied=False, layers=LAYERS)[0])
+    return six_layers(tmp_path_factory.mktemp("deltallm"))
 
 
 @pytest.fixture(scope="module", name="made")

@@ -6,7 +6,6 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save
 from compression_worker import artifact as artifacts
 from compression_worker.adapters import CONFIG_FILE, WEIGHTS_FILE
 from compression_worker.artifact import Artifact
-from compression_worker.checkpoints import attach_folder
 from compression_worker.contracts import CompressionError, Json, StepOutput, StepSpec, canonical_json, sha256
 from compression_worker.making.beneath import implementation
 from compression_worker.methods.int21 import packed_base
@@ -34,13 +32,10 @@ from compression_worker.quantization.learning import rate_at
 from compression_worker.quantization.low_rank import closed_form
 from compression_worker.quantization.teacher import TopLogits
 from compression_worker.runner import Runner, resolve_inputs, run_plan
-from compression_worker.samples import TEXT, parse_samples
-from compression_worker.store import Store
+from tests.compression_worker.methods import sharing
 from tests.families import make_family_pair
 from tests.tiny import make_tiny_pair
 
-SENTENCES = [f"Sentence {n}: the quick brown fox jumps over the lazy dog." for n in range(60)]
-TEXTS = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in SENTENCES)
 QUICK: Json = {
     "tokens": 128,
     "window_tokens": 16,
@@ -55,16 +50,8 @@ QUICK: Json = {
 TOKENS = torch.arange(40, 60).view(1, 20)
 
 
-class Job:
-    """A model and a text in a store, and plans that run there."""
-
-    def __init__(self, folder: Path, model: Path, text: bytes = TEXTS) -> None:
-        self.folder, self.model = folder, model
-        self.store = Store(folder / "store", durable=False)
-        self.inputs = {
-            "variant": attach_folder(self.store, model),
-            "calibration": self.store.write_bytes(parse_samples(text, TEXT).data),
-        }
+class Job(sharing.Job):
+    """Plans of INT2.1."""
 
     def spec(self, **settings: Any) -> StepSpec:
         return StepSpec(kind="int21.plan", params={"config": QUICK | settings}, inputs=self.inputs, seed=3)
@@ -75,20 +62,12 @@ class Job:
         return Made(self, output, [event["text"] for event in events if event["type"] == "log"])
 
 
-class Made:
-    """What came of it."""
+class Made(sharing.Made):
+    """What came of it, and what it said meanwhile."""
 
     def __init__(self, job: Job, output: StepOutput, logs: list[str]) -> None:
-        self.job, self.output, self.logs = job, output, logs
-
-    @cached_property
-    def artifact(self) -> Artifact:
-        return Artifact.open_store(self.job.store, self.output.data["artifact"])
-
-    @property
-    def training(self) -> Json:
-        found: Json = self.artifact.manifest["figures"]["training"]
-        return found
+        super().__init__(job, output)
+        self.logs = logs
 
     def folder(self, out: Path) -> Path:
         artifacts.write_folder(out, self.job.store, self.output.blobs)

@@ -21,8 +21,7 @@ from compression_worker.contracts import CompressionError, Json, StepContext, St
 from compression_worker.methods.deltallm.training import COUNT, FIRST, SECOND, STATE_FILE
 from compression_worker.quantization.ranks import RENDEZVOUS, RankFailed, Share, in_processes, processes
 from compression_worker.store import Store
-from tests.compression_worker.methods.sharing import LAYERS, LEARNING, QUICK, Job
-from tests.tiny import make_tiny_pair
+from tests.compression_worker.methods.sharing import LEARNING, QUICK, Job, six_layers
 
 PROJECT = Path(__file__).parents[3]
 UNEVEN: Json = {**QUICK, **LEARNING, "tokens": 240, "batch_size": 3, "delta_dtype": "float32"}
@@ -75,8 +74,7 @@ def fixture_marked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", name="job")
 def fixture_job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    folder = tmp_path_factory.mktemp("ranks")
-    return Job(folder, make_tiny_pair(folder, tied=False, layers=LAYERS)[0])
+    return six_layers(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module", name="sharing")
