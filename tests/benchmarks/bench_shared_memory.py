@@ -70,14 +70,19 @@ def measured(artifact: Path, form: str, tokens: int) -> int:
     """The most that this process holds while the model writes, over what it held before the model was there."""
     found = Artifact.open_folder(artifact)
     _written(LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64)), 2)
-    forget_peak()
-    before = peak_bytes()
+    before = settled()
     model = load_model(None, found, "cpu", torch.float32, dense=form == "dense")
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is not held by the model
-    forget_peak()
+    settled()
     _written(model, tokens)
     return peak_bytes() - before
+
+
+def settled() -> int:
+    """Give back what is free, have the high-water mark begin anew, and say what is held now, in bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    forget_peak()
+    return peak_bytes()
 
 
 def _written(model: Any, tokens: int) -> None:

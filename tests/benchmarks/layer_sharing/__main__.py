@@ -22,9 +22,10 @@ from compression_worker.evaluation.choice import answer_choices
 from compression_worker.evaluation.generation import greedy_answers
 from compression_worker.evaluation.summary import choice_metrics
 from compression_worker.evaluation.windows import measure_windows
-from compression_worker.machine import forget_peak, peak_bytes
+from compression_worker.machine import peak_bytes
 from compression_worker.samples import CHOICE, parse_samples, read_samples
 from tests.benchmarks.bench_bitdelta import record
+from tests.benchmarks.bench_shared_memory import settled
 from tests.benchmarks.contest import Contest, cells, run, silent, with_arguments
 from tests.benchmarks.delta_peers.measure import Remembered, figures
 from tests.benchmarks.layer_sharing import __doc__ as description
@@ -45,7 +46,7 @@ NEW_TOKENS = 48
 class Line:
     """One form at one reduction: what it weighs, what it reads on each window, what it holds and how fast it writes.
 
-    ``held``: bytes of its tensors; ``running``: those and the most that the process grew by while it wrote.
+    ``running``: bytes of its tensors, and the most that the process grew by while it wrote.
     """
 
     name: str
@@ -54,7 +55,6 @@ class Line:
     size: int
     windows: list[Json]
     choices: list[Json]
-    held: int
     running: int
     speed: float
     peer: bool
@@ -163,15 +163,13 @@ class Sharing(Contest[Line]):
         reference = model if model is self.whole else self.reference
         windows = measure_windows(model, reference, self.cut, silent)
         choices = answer_choices(model, self.tokenizer, self.questions, silent) if self.questions else []
-        forget_peak()
-        before = peak_bytes()
+        before = settled()
         started = time.process_time()
         (answer,) = greedy_answers(model, self.tokenizer, ["The"], NEW_TOKENS, silent)
         seconds = time.process_time() - started
         speed = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"]) / seconds
-        held = held_bytes(model)
-        grown = peak_bytes() - before
-        return Line(name, reduction, count, size, windows, choices, held, held + grown, speed, peer, compared)
+        running = held_bytes(model) + peak_bytes() - before
+        return Line(name, reduction, count, size, windows, choices, running, speed, peer, compared)
 
     def markdown(self) -> str:
         """The table, and what is not in it."""

@@ -33,11 +33,6 @@ class Row:
     method: str
     set: tuple[str, ...]
 
-    @property
-    def key(self) -> str:
-        """Names the settings, whatever the row is called."""
-        return hashlib.sha256(json.dumps([self.method, *self.set]).encode()).hexdigest()[:16]
-
     def with_calibration(self, samples: int) -> Row:
         """The same with ``samples`` windows of 512 tokens to calibrate on, where the row does not say its own number."""
         own = {setting.partition("=")[0] for setting in self.set}
@@ -74,8 +69,12 @@ def make(row: Row, model: Path, text: Path, out: Path) -> Cost:
 
 
 def kept(row: Row, model: Path, text: Path, folder: Path) -> tuple[Path, Cost]:
-    """The artifact of a row in ``folder``, made unless it is there, and what making it cost."""
-    out = folder / f"{row.method}-{row.key}"
+    """The artifact of a row in ``folder``, made unless it is there, and what making it cost.
+
+    Settings, model and text name it, whatever the row is called.
+    """
+    made_of = [row.method, *row.set, str(model.absolute()), str(text.absolute())]
+    out = folder / f"{row.method}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}"
     said = folder / f"{out.name}.json"
     if not said.exists():
         cost = make(row, model, text, out)
