@@ -1,4 +1,7 @@
-"""From an artifact back to weights, ``W_l = W_a + B A``, or to a model that keeps each anchor's weight once."""
+"""From an artifact back to weights, ``W_l = W_a + B A``, or to a model that keeps each anchor's weight once.
+
+A scaled anchor counts by its ``c``; see :mod:`compression_worker.methods.deltallm.differences`.
+"""
 
 from __future__ import annotations
 

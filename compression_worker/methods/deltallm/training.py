@@ -3,7 +3,7 @@
     L = (1 - c) KL(teacher || student) + c CE on the text + w mean |h_l - h_l of the old way|^2
 
 at temperature 1, on the teacher's stored answers (:mod:`compression_worker.quantization.divergence`), ``h_l`` being
-what comes out of a block that follows; only ``A`` and ``B`` learn, and adapters of linears that are not shared where
+what comes out of a block that follows; only differences learn, and adapters of linears that are not shared where
 those are asked for. While modules are being replaced (:mod:`compression_worker.methods.deltallm.replacement`), the
 weights that followers had are in memory. The loss is our reading. A state is every factor, both of AdamW's moments and
 how often each factor was trained, in fp32: a run that was killed goes on, to equal bytes.
