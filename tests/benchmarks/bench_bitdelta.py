@@ -216,10 +216,11 @@ def record(figure: str, value: float, unit: str, bound: float | None = None, ben
 
 
 def machine() -> str:
-    """What computes here, without a name: the processor and how many cores of it."""
+    """What computes here, without a name: the processor and how many cores of it, and the GPU where there is one."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

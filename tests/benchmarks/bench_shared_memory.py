@@ -1,11 +1,12 @@
 """Memory of a DeltaLLM artifact while it writes: the shared form beside the same model with every weight of its own.
 
-    python -m tests.benchmarks.bench_shared_memory --artifact FOLDER
+    python -m tests.benchmarks.bench_shared_memory --artifact FOLDER [--device cuda]
 
-Each form is loaded and writes in a process of its own, in fp32 on a CPU. What is compared is the most that the process
-held while it wrote over what it held when everything was imported, so that weights, activations and the cache of keys
-and values all count. A small model writes first, so that what a first run brings in is there before. The shared form has to hold at most ``dense * (1 - 0.9 * reduction)``, where the reduction is that
-of the parameters.
+Each form is loaded and writes in a process of its own, in fp32. What is compared is the most that the process held
+while it wrote over what it held when everything was imported, so that weights, activations and the cache of keys and
+values all count; on a GPU, what its tensors held there. A small model writes first, so that what a first run brings in
+is there before. The shared form has to hold at most ``dense * (1 - 0.9 * reduction)``, where the reduction is that of
+the parameters. On a GPU the forms' tokens per second are told as well.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import gc
 import json
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +41,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", type=Path, required=True, help="a folder that compress deltallm has written")
     parser.add_argument("--tokens", type=int, default=48, help="tokens that are written (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     prepare_torch()
     if args.form:
-        sys.stdout.write(json.dumps(measured(args.artifact, args.form, args.tokens)))
+        sys.stdout.write(json.dumps(measured(args.artifact, args.form, args.tokens, args.device)))
         return 0
-    shared, dense = (child(args.artifact, form, args.tokens) for form in FORMS)
-    reduction = reduction_of(args.artifact)
-    record("dense form", dense / 1e6, f"MB while writing {args.tokens} tokens", benchmark="shared_memory")
-    record("shared form", shared / 1e6, f"MB, {100 * reduction:.2f} % fewer parameters", benchmark="shared_memory")
-    kept = record("shared / dense", shared / dense, "of the memory", 1 - SHARE * reduction, benchmark="shared_memory")
-    return int(not kept)
+    found = {form: child(args.artifact, form, args.tokens, args.device) for form in FORMS}
+    reduction, what = reduction_of(args.artifact), f"while writing {args.tokens} tokens, {args.device}"
+    shared, dense = (found[form]["bytes"] for form in FORMS)
+    told = partial(record, benchmark="shared_memory")
+    told("dense form", dense / 1e6, f"MB {what}")
+    told("shared form", shared / 1e6, f"MB {what}, {100 * reduction:.2f} % fewer parameters")
+    if args.device == "cuda":
+        speeds = (args.tokens / found[form]["seconds"] for form in FORMS)
+        told("shared form's tokens per second over the dense form's", next(speeds) / next(speeds), f"times, {what}")
+    return int(not told("shared / dense", shared / dense, f"of the memory {what}", 1 - SHARE * reduction))
 
 
 def reduction_of(artifact: Path) -> float:
@@ -58,36 +66,53 @@ def reduction_of(artifact: Path) -> float:
     return float(figures["sharing"]["parameters"]["reduction"])
 
 
-def child(artifact: Path, form: str, tokens: int) -> int:
-    """Bytes of one form, measured in a process of its own."""
+def child(artifact: Path, form: str, tokens: int, device: str = "cpu") -> dict[str, float]:
+    """``bytes`` of one form and the ``seconds`` it wrote for, measured in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.bench_shared_memory", "--artifact", str(artifact.absolute())]
-    command += ["--form", form, "--tokens", str(tokens)]
-    return int(json.loads(subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.PIPE).stdout))
+    command += ["--form", form, "--tokens", str(tokens), "--device", device]
+    said = subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.PIPE).stdout
+    return {name: float(value) for name, value in json.loads(said).items()}
 
 
 @given_back()
-def measured(artifact: Path, form: str, tokens: int) -> int:
+def measured(artifact: Path, form: str, tokens: int, device: str) -> dict[str, float]:
     """The most that this process holds while the model writes, over what it held before the model was there."""
     found = Artifact.open_folder(artifact)
-    _written(LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64)), 2)
-    before = settled()
-    model = load_model(None, found, "cpu", torch.float32, dense=form == "dense")
-    settled()
-    _written(model, tokens)
-    return peak_bytes() - before
+    small = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64)
+    _written(LlamaForCausalLM(small).to(device), 2)
+    before = settled(device)
+    model = load_model(None, found, device, torch.float32, dense=form == "dense")
+    if device == "cuda":
+        _written(model, 2)
+    settled(device)
+    seconds = _written(model, tokens)
+    return {"bytes": most(device) - before, "seconds": seconds}
 
 
-def settled() -> int:
+def settled(device: str = "cpu") -> int:
     """Give back what is free, have the high-water mark begin anew, and say what is held now, in bytes."""
     gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
     forget_peak()
     return peak_bytes()
 
 
-def _written(model: Any, tokens: int) -> None:
-    prompt = torch.ones((1, 8), dtype=torch.int64)
-    model.generate(prompt, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+def most(device: str = "cpu") -> int:
+    """The high-water mark since :func:`settled`: of this process, or of its tensors on a GPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()
+
+
+def _written(model: Any, tokens: int) -> float:
+    """Seconds that it took."""
+    prompt = torch.ones((1, 8), dtype=torch.int64, device=model.device)
+    started = time.monotonic()
+    answer = model.generate(prompt, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+    assert int(answer[0, -1]) >= 0  # read, so that a GPU has ended
+    return time.monotonic() - started
 
 
 if __name__ == "__main__":

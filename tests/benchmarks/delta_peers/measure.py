@@ -30,7 +30,7 @@ class Remembered:
         self._known: dict[bytes, Any] = {}
 
     def __call__(self, *, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        key = input_ids.numpy().tobytes()
+        key = input_ids.cpu().numpy().tobytes()
         if key not in self._known:
             answer = self._model(input_ids=input_ids, use_cache=use_cache)
             if not self._fits:

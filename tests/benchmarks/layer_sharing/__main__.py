@@ -7,6 +7,7 @@ import copy
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,9 @@ from compression_worker.evaluation.choice import answer_choices
 from compression_worker.evaluation.generation import greedy_answers
 from compression_worker.evaluation.summary import choice_metrics
 from compression_worker.evaluation.windows import measure_windows
-from compression_worker.machine import peak_bytes
 from compression_worker.samples import CHOICE, parse_samples, read_samples
 from tests.benchmarks.bench_bitdelta import record
-from tests.benchmarks.bench_shared_memory import settled
+from tests.benchmarks.bench_shared_memory import most, settled
 from tests.benchmarks.contest import Contest, cells, run, silent, with_arguments
 from tests.benchmarks.delta_peers.measure import Remembered, figures
 from tests.benchmarks.layer_sharing import __doc__ as description
@@ -70,6 +70,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2, help="windows of a training step (%(default)s)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of LoRA on peers (%(default)s)")
     parser.add_argument("--thin-rate", type=float, default=2e-4, help="learning rate of thin matrices (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--at-once", type=int, default=1, help="artifacts made at a time (%(default)s)")
     parser.add_argument("--keep", type=Path, help="a folder for the artifacts; those that are there are not made again")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the rows of ours (%(default)s)")
     parser.add_argument("--set", action="append", default=[], help="NAME=VALUE for rows that do not say their own")
@@ -87,11 +89,12 @@ class Sharing(Contest[Line]):
         self.questions: list[Json] = []
         if args.choices:
             self.questions = read_samples(parse_samples(args.choices.read_bytes(), CHOICE).data)
-        self.whole = load_model(self.checkpoint, dtype=torch.float32)
+        self.device: str = args.device
+        self.whole = load_model(self.checkpoint, device=self.device, dtype=torch.float32)
         self.reference = Remembered(self.whole, self.cut)
         self.parameters = parameters(self.whole)
         count = max(8, args.tokens // args.window_length)
-        self.lesson_windows = self.windows_of(args.text, replace(self.config, max_windows=count))
+        self.lesson_windows = self.windows_of(args.text, replace(self.config, max_windows=count)).to(self.device)
         self.lesson: Lesson | None = None
         size = self.checkpoint.manifest["weight_bytes"]
         self.item = size / self.checkpoint.manifest["parameters"]
@@ -106,12 +109,24 @@ class Sharing(Contest[Line]):
         """At each reduction ours first: as many parameters as the largest of them trains, a peer's adapters have there."""
         for reduction in map(float, self.args.reductions.split(",")):
             self.trainable = 0
+            self._make_ahead(reduction)
             for row in (one for one in self.rows if one.made_at(reduction)):
                 yield from self.kept(f"{row.name}, {reduction:.0%}", partial(self._ours, row, reduction), ours=True)
             for name in filter(None, self.args.peers.split(";")):
                 yield from self.kept(f"{name}, {reduction:.0%}", partial(self._peer, name, reduction), ours=False)
 
-    def _ours(self, row: SharingRow, reduction: float) -> Line:
+    def _make_ahead(self, reduction: float) -> None:
+        """Where several artifacts are made at a time: first those with groups of their own, then those that take these."""
+        rows = [row for row in self.rows if row.made_at(reduction)]
+        for some in ([row for row in rows if not row.groups_of], [row for row in rows if row.groups_of]):
+            if self.args.at_once > 1 and some:
+                with ThreadPoolExecutor(self.args.at_once) as pool:
+                    for made in [pool.submit(self._made, row, reduction) for row in some]:
+                        if isinstance(made.exception(), making.Refused):
+                            continue  # told when its turn in the table comes
+                        made.result()
+
+    def _made(self, row: SharingRow, reduction: float) -> Artifact:
         args = self.args
         usual = {
             "target_reduction": reduction,
@@ -123,13 +138,16 @@ class Sharing(Contest[Line]):
         if row.groups_of and (row.groups_of, reduction) not in self.sharing:
             raise making.Refused(f"'{row.groups_of}' was not made at {reduction:.0%}")
         filled = row.among(self.sharing.get((row.groups_of, reduction)), usual)
-        out, cost = making.kept(filled, args.model, args.text, self.kept_in)
+        out, cost = making.kept(filled, args.model, args.text, self.kept_in, self.device)
         print(f"{row.name}, {reduction:.0%}: {cost.processor:.0f} s", file=sys.stderr, flush=True)
         artifact = Artifact.open_folder(out)
-        model = load_artifact(None, artifact, "cpu", torch.float32)
-        figures = artifact.manifest["figures"]["sharing"]
-        self.sharing[row.name, reduction] = figures
-        counts = figures["parameters"]
+        self.sharing[row.name, reduction] = artifact.manifest["figures"]["sharing"]
+        return artifact
+
+    def _ours(self, row: SharingRow, reduction: float) -> Line:
+        artifact = self._made(row, reduction)
+        model = load_artifact(None, artifact, self.device, torch.float32)
+        counts = self.sharing[row.name, reduction]["parameters"]
         shared = [line for line in artifact.manifest["tensors"].values() if line["kind"] == "shared"]
         trained = sum(line["rank"] * sum(line["shape"]) for line in shared if "rank" in line)
         self.trainable = max(self.trainable, trained)
@@ -163,12 +181,14 @@ class Sharing(Contest[Line]):
         reference = model if model is self.whole else self.reference
         windows = measure_windows(model, reference, self.cut, silent)
         choices = answer_choices(model, self.tokenizer, self.questions, silent) if self.questions else []
-        before = settled()
-        started = time.process_time()
+        # Of a processor others take time as well, of a GPU its own clock is not read.
+        clock = time.process_time if self.device == "cpu" else time.monotonic
+        before = settled(self.device)
+        started = clock()
         (answer,) = greedy_answers(model, self.tokenizer, ["The"], NEW_TOKENS, silent)
-        seconds = time.process_time() - started
+        seconds = clock() - started
         speed = len(self.tokenizer(answer, add_special_tokens=False)["input_ids"]) / seconds
-        running = held_bytes(model) + peak_bytes() - before
+        running = held_bytes(model) + most(self.device) - before
         return Line(name, reduction, count, size, windows, choices, running, speed, peer, compared)
 
     def markdown(self) -> str:

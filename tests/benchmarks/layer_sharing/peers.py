@@ -147,13 +147,17 @@ def thin(model: Any, windows: torch.Tensor, most: int, *, by_input: bool) -> Non
         rank = math.ceil(share * rows * columns / (rows + columns))
         if rank >= min(rows, columns):
             continue
-        weight = linear.weight.detach().double()
+        weight = linear.weight.detach().double().cpu()
         root = torch.linalg.cholesky(moments[name]) if by_input else torch.eye(columns, dtype=torch.float64)
         u, s, v = torch.linalg.svd(weight @ root, full_matrices=False)
         half = s[:rank].sqrt()
         back = torch.linalg.solve_triangular(root, (half[:, None] * v[:rank]), upper=False, left=False)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Thin(back.float(), (u[:, :rank] * half).float()))
+        setattr(
+            model.get_submodule(parent),
+            child,
+            Thin(back.float(), (u[:, :rank] * half).float()).to(linear.weight.device),
+        )
 
 
 def thin_by_input(model: Any, windows: torch.Tensor, most: int) -> None:
@@ -234,7 +238,7 @@ def _moments(model: Any, windows: torch.Tensor) -> dict[str, torch.Tensor]:
     def watch(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
-            found[name] = found.get(name, 0) + (x.T @ x).double()
+            found[name] = found.get(name, 0) + (x.T @ x).double().cpu()
 
         return hook
 

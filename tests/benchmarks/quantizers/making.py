@@ -61,23 +61,23 @@ def pairs(path: Path) -> list[tuple[str, str]]:
     return [(pair["first"], pair["second"]) for pair in found]
 
 
-def make(row: Row, model: Path, text: Path, out: Path) -> Cost:
+def make(row: Row, model: Path, text: Path, out: Path, device: str = "cpu") -> Cost:
     """Run ``compress`` for a row."""
-    command = ["-m", "compression_worker", "compress", row.method, "--json", "--device", "cpu"]
+    command = ["-m", "compression_worker", "compress", row.method, "--json", "--device", device]
     command += ["--model", str(model.absolute()), "--out", str(out.absolute()), "--data", str(text.absolute())]
     return run([*command, *(part for setting in row.set for part in ("--set", setting))])
 
 
-def kept(row: Row, model: Path, text: Path, folder: Path) -> tuple[Path, Cost]:
+def kept(row: Row, model: Path, text: Path, folder: Path, device: str = "cpu") -> tuple[Path, Cost]:
     """The artifact of a row in ``folder``, made unless it is there, and what making it cost.
 
-    Settings, model and text name it, whatever the row is called.
+    Settings, model, text and device name it, whatever the row is called.
     """
-    made_of = [row.method, *row.set, str(model.absolute()), str(text.absolute())]
+    made_of = [row.method, *row.set, str(model.absolute()), str(text.absolute()), device]
     out = folder / f"{row.method}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}"
     said = folder / f"{out.name}.json"
     if not said.exists():
-        cost = make(row, model, text, out)
+        cost = make(row, model, text, out, device)
         said.write_text(json.dumps({"row": asdict(row), **asdict(cost)}, indent=2))
     found = json.loads(said.read_text())
     return out, Cost(**{name: found[name] for name in ("processor", "wall", "peak")})

@@ -194,7 +194,7 @@ def test_a_process_that_writes_holds_less_by_what_is_shared(tmp_path: Path) -> N
     made = job.run(groups="1:2,3,4", followers=None)
     folder = tmp_path / "artifact"
     artifacts.write_folder(folder, job.store, made.output.blobs)
-    shared, dense = (child(folder, form, 8) for form in FORMS)
+    shared, dense = (child(folder, form, 8)["bytes"] for form in FORMS)
     assert dense > storage(load_model(None, made.artifact, "cpu", torch.float32, dense=True))
     assert shared <= dense * (1 - 0.9 * made.sharing["parameters"]["reduction"])
 
