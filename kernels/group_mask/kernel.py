@@ -25,7 +25,7 @@ def tile_keys(seed, tensor, rows, group, block, SPAN: tl.constexpr, BLOCK_K: tl.
     blocks = (block + place % (SPAN // 4)).to(tl.uint32)
     groups = (group + place // (SPAN // 4)).to(tl.uint32)
     c0, c1, c2, c3 = tl.philox(
-        seed, blocks[None, :], groups[None, :], rows.to(tl.uint32)[:, None], tl.to_tensor(tensor).to(tl.uint32)
+        seed, blocks[None, :], groups[None, :], rows.to(tl.uint32)[:, None], tl.cast(tensor, tl.uint32)
     )
     return tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ KERNELS = (
     "_x_gradient_kernel",
 )
 
+NEWER = {"squeeze", "to_tensor", "unsqueeze"}
+"""Functions of ``triton.language`` that came after 3.6, the oldest Triton that kernels run on."""
 FEW_STORES = 12
 """Into shared memory: what two looks into tables and the turning of a tile of y take."""
 
@@ -44,3 +47,10 @@ def test_every_kernel_compiles_to_machine_code_of_a_gpu(tmp_path: Path) -> None:
     assert {name for name, _, _ in lines} == set(KERNELS)
     # The opened weights of E8P stay in registers: the compiler found the orders of rows and inputs that it needs.
     assert max(int(stores) for name, _, stores in lines if name == "_e8p_forward_kernel") <= FEW_STORES
+
+
+def test_kernels_call_nothing_that_the_oldest_triton_lacks() -> None:
+    kernels = Path(__file__).parents[2] / "kernels"
+    called = {name for file in kernels.rglob("*.py") for name in re.findall(r"\btl\.(\w+)", file.read_text())}
+    assert "load" in called
+    assert not called & NEWER
