@@ -20,9 +20,12 @@ SMALLEST = 1e-9
 
 @dataclass(frozen=True)
 class Candidate:
-    """A block that may follow: the anchor that it would have, and how far the model would be from what it was."""
+    """A block that may follow: the anchor that it would have, and how far the model would be from what it was.
 
-    anchor: int
+    Without an anchor it would be left out.
+    """
+
+    anchor: int | None
     kl: float
 
     @property
@@ -60,7 +63,7 @@ def candidates_picture(rounds: Sequence[Round], blocks: int) -> Picture | None:
     legend, height, right = _legend(scale, strip.bottom + 6)
     about = _(
         "Rows are rounds of choosing, columns are blocks. The number in a cell is the KL divergence from the whole "
-        "model when this block shares too, beside those chosen in earlier rounds."
+        "model when this block shares, or is left out, too, beside those chosen in earlier rounds."
     )
     return Picture(
         title=title,
@@ -113,9 +116,11 @@ def _short(kl: float) -> str:
 
 
 def _hover(block: int, one: Candidate, *, is_chosen: bool) -> str:
-    words = _("block %(block)s on block %(anchor)s: KL divergence %(kl)s") % {
-        "block": block, "anchor": one.anchor, "kl": significant(one.kl, 4),
-    }  # fmt: skip
+    if one.anchor is None:
+        words = _("block %(block)s left out: KL divergence %(kl)s")
+    else:
+        words = _("block %(block)s on block %(anchor)s: KL divergence %(kl)s")
+    words %= {"block": block, "anchor": one.anchor, "kl": significant(one.kl, 4)}
     return f"{words} · {_('picked')}" if is_chosen else words
 
 
@@ -131,7 +136,7 @@ def _legend(scale: Scale, y: float) -> tuple[list[object], float, float]:
     if is_wide:
         shapes.append(text(left + LEVELS * SWATCH, y + 24, _short(10**scale.high), class_="tick"))
     y += 46
-    framed, follows = _("framed: chosen in this round"), _("✓ follows since an earlier round")
+    framed, follows = _("framed: chosen in this round"), _("✓ chosen in an earlier round")
     shapes += [
         rect(2, y - 9, 14, 10, class_="heat-0 worst"),
         text(24, y, framed, class_="note"),
@@ -143,4 +148,5 @@ def _legend(scale: Scale, y: float) -> tuple[list[object], float, float]:
 def _rows(rounds: Sequence[Round]) -> Iterable[tuple[object, ...]]:
     for number, round_ in enumerate(rounds, start=1):
         for block, one in sorted(round_.found.items()):
-            yield number, block, one.anchor, significant(one.kl, 4), _("yes") if block in round_.chosen else ""
+            anchor = _("left out") if one.anchor is None else one.anchor
+            yield number, block, anchor, significant(one.kl, 4), _("yes") if block in round_.chosen else ""

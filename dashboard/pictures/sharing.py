@@ -1,7 +1,7 @@
 """Which blocks use the weights of another: the blocks in order, and an arc from each follower to its anchor.
 
-What a block is can be seen from its form alone: an anchor is filled, a follower is dashed, a protected block lies
-between two bars.
+What a block is can be seen from its form alone: an anchor is filled, a follower is dashed, one that is left out is
+dotted and crossed, a protected block lies between two bars.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ LEGEND_ROW = 18
 
 @dataclass(frozen=True)
 class Sharing:
-    """``groups``: follower -> anchor. ``still``: followers that are not chosen yet. ``fewer``: share of parameters."""
+    """``groups``: follower -> anchor. ``left_out``: blocks whose shared modules do nothing.
+
+    ``still``: those that are not chosen yet. ``fewer``: share of parameters.
+    """
 
     blocks: int
     groups: Mapping[int, int]
     protected: frozenset[int] = field(default_factory=frozenset)
     fewer: float | None = None
     still: int = 0
+    left_out: frozenset[int] = field(default_factory=frozenset)
 
     @property
     def anchors(self) -> Mapping[int, list[int]]:
@@ -42,7 +46,7 @@ class Sharing:
 
 def sharing_picture(sharing: Sharing | None) -> Picture | None:
     """None while no block shares."""
-    if sharing is None or not sharing.groups:
+    if sharing is None or not (sharing.groups or sharing.left_out):
         return None
     strip = Strip(sharing.blocks, left=2, height=ARCS + BOX + UNDER)
     title = _finding(sharing)
@@ -63,12 +67,14 @@ def sharing_picture(sharing: Sharing | None) -> Picture | None:
 
 
 def _finding(sharing: Sharing) -> str:
-    count = len(sharing.groups)
+    count, gone = len(sharing.groups), len(sharing.left_out)
     words = ngettext(
         "%(count)s of %(blocks)s blocks uses another's weights",
         "%(count)s of %(blocks)s blocks use another's weights",
         count,
     ) % {"count": whole(count), "blocks": whole(sharing.blocks)}
+    if gone:
+        words += ngettext("; %(count)s is left out", "; %(count)s are left out", gone) % {"count": whole(gone)}
     if sharing.fewer is not None:
         words += _("; %(share)s fewer parameters") % {"share": percent_words(sharing.fewer)}
     if sharing.still:
@@ -99,6 +105,8 @@ def _block(strip: Strip, sharing: Sharing, block: int) -> list[object]:
     shapes = _form(x, y, sharing, block, _hover(sharing, block))
     ink = "cell strong" if block in sharing.anchors else "cell"
     shapes.append(text(x + (CELL - 2) / 2, y + 12.5, block, class_=ink, anchor="middle"))
+    if block in sharing.left_out:
+        shapes.append(text(x + (CELL - 2) / 2, y + BOX + 13, "×", class_="tick", anchor="middle"))
     if anchor is not None:
         shapes.append(text(x + (CELL - 2) / 2, y + BOX + 13, f"↰{anchor}", class_="tick", anchor="middle"))
     return shapes
@@ -106,6 +114,7 @@ def _block(strip: Strip, sharing: Sharing, block: int) -> list[object]:
 
 def _form(x: float, y: float, sharing: Sharing, block: int, hover: str = "") -> list[object]:
     class_ = "anchor" if block in sharing.anchors else "follower" if block in sharing.groups else "untouched"
+    class_ = "absent" if block in sharing.left_out else class_
     shapes: list[object] = [rect(x, y, CELL - 2, BOX, class_=class_, hover=hover)]
     if block in sharing.protected:
         shapes += _bars(x, y)
@@ -122,6 +131,8 @@ def _roles(sharing: Sharing, block: int) -> str:
         found.append(_("anchor"))
     if block in sharing.groups:
         found.append(_("follower"))
+    if block in sharing.left_out:
+        found.append(_("left out"))
     if block in sharing.protected:
         found.append(_("protected"))
     return ", ".join(found) or _("untouched")
@@ -144,9 +155,11 @@ def _legend(sharing: Sharing, strip: Strip) -> tuple[list[object], float]:
     anchors, followers = len(sharing.anchors), len(sharing.groups)
     protected = len(sharing.protected)
     others = set(range(sharing.blocks)) - set(sharing.anchors) - set(sharing.groups) - sharing.protected
+    others -= sharing.left_out
     entries = [
         ("anchor", anchors, _("anchor: others use its weights")),
         ("follower", followers, _("follower: keeps a difference only")),
+        ("absent", len(sharing.left_out), _("× left out: does nothing")),
         ("guard", protected, _("between bars: protected, never follows")),
         ("untouched", len(others), _("untouched")),
     ]

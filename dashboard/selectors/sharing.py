@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from django.utils.translation import gettext as _
@@ -16,16 +16,20 @@ from dashboard.models import Artifact, Step
 from dashboard.pictures import Candidate, Rank, Round, Sharing
 from dashboard.pictures.matrices import Place, place, stands_on
 
+LEFT_OUT = "left out"
+"""How a matrix is stored of which nothing is."""
+
 
 def sharing_of(artifact: Artifact) -> Sharing | None:
     """None where the artifact's method shares nothing."""
     told = artifact.figures.get("sharing")
     if not told:
         return None
-    blocks = told["blocks"]
+    blocks, left_out = told["blocks"], frozenset(told.get("left_out") or ())
     return Sharing(
         blocks=blocks,
-        groups=_followers(told["groups"]),
+        groups=_sharing(_followers(told["groups"]), left_out),
+        left_out=left_out,
         protected=_protected(blocks, artifact.config, by_hand=bool(str(artifact.config.get("groups") or "").strip())),
         fewer=(told.get("parameters") or {}).get("reduction"),
     )
@@ -38,9 +42,11 @@ def sharing_so_far(steps: Sequence[Step]) -> Sharing | None:
         return None
     params = step.params
     groups = {int(follower): anchor for follower, anchor in step.data["groups"].items()}
+    left_out = frozenset(step.data.get("left_out") or ())
     return Sharing(
         blocks=params["blocks"],
-        groups=groups,
+        groups=_sharing(groups, left_out),
+        left_out=left_out,
         protected=_protected(params["blocks"], params["protect"], by_hand=bool(params["by_hand"])),
         still=0 if params["final"] else params["still"] - params["count"],
     )
@@ -73,22 +79,24 @@ def savings(artifact: Artifact) -> list[str]:
     if parameters := told.get("parameters"):
         found.append(_saved(parameters, _bytes_saved(artifact.figures)))
     if operations := told.get("operations"):
-        found.append(_not_saved(operations))
+        found.append(_time(operations))
     if scales := told.get("scales"):
         found.append(_scaled(list(scales.values())))
     return found
 
 
 def sharing_words(artifact: Artifact) -> str:
-    """An artifact in brief, beside others of its kind: ``6 followers, rank 61, 4-bit anchors``."""
+    """An artifact in brief, beside others of its kind: ``6 followers, rank 61, 2 blocks left out, 4-bit anchors``."""
     told = artifact.figures.get("sharing")
     if not told:
         return ""
-    count = len(_followers(told["groups"]))
-    words = [
-        ngettext("%(count)s follower", "%(count)s followers", count) % {"count": whole(count)},
-        _rank_words(told),
-    ]
+    gone = len(told.get("left_out") or ())
+    words = []
+    if count := len(_followers(told["groups"])) - gone:
+        words.append(ngettext("%(count)s follower", "%(count)s followers", count) % {"count": whole(count)})
+        words.append(_rank_words(told))
+    if gone:
+        words.append(ngettext("%(count)s block left out", "%(count)s blocks left out", gone) % {"count": whole(gone)})
     if told.get("scales"):
         words.append(_("scaled anchors"))
     if artifact.config.get("base_method", "none") != "none":
@@ -100,7 +108,7 @@ def _rank_words(told: Mapping[str, Any]) -> str:
     """``rank 64``, or from the lowest to the highest where groups have ranks of their own."""
     if not told["rank"]:
         return _("signs")
-    ranks = (told.get("group_ranks") or {"": told["rank"]}).values()
+    ranks = [one for one in (told.get("group_ranks") or {"": told["rank"]}).values() if one]
     return _("rank %(rank)s") % {"rank": range_words(min(ranks), max(ranks))}
 
 
@@ -127,6 +135,11 @@ def _followers(groups: Mapping[str, Sequence[int]]) -> dict[int, int]:
     return {follower: int(anchor) for anchor, followers in groups.items() for follower in followers}
 
 
+def _sharing(groups: Mapping[int, int], left_out: Collection[int]) -> dict[int, int]:
+    """Follower -> anchor of those that use one."""
+    return {follower: anchor for follower, anchor in groups.items() if follower not in left_out}
+
+
 def _protected(blocks: int, config: Mapping[str, Any], *, by_hand: bool) -> frozenset[int]:
     """Those that may not be chosen as followers; groups that are given by hand protect nothing."""
     if by_hand:
@@ -144,7 +157,8 @@ def _bytes_saved(figures: Mapping[str, Any]) -> int | None:
         if where is None or not isinstance(line.get("bytes"), int):
             continue
         sizes[where] = line["bytes"]
-        if stands_on(str(line.get("coding") or "")):
+        coding = str(line.get("coding") or "")
+        if stands_on(coding) or coding == LEFT_OUT:
             shared.append(where)
     groups = _followers(figures["sharing"]["groups"])
     anchors = [Place(groups[one.block], one.path, one.expert) if one.block in groups else None for one in shared]
@@ -172,9 +186,17 @@ def _saved(parameters: Mapping[str, Any], size: int | None) -> str:
     )
 
 
-def _not_saved(operations: Mapping[str, Any]) -> str:
+def _time(operations: Mapping[str, Any]) -> str:
     before, after = operations["before"], operations["after"]
-    words = {"before": whole(before), "after": whole(after), "share": percent_words(after / before - 1)}
+    words = {"before": whole(before), "after": whole(after), "share": percent_words(abs(after / before - 1))}
+    if after < before:
+        return (
+            _(
+                "Blocks that are left out save arithmetic and time too: products with weights take %(after)s "
+                "operations for each token, where they took %(before)s (%(share)s fewer)."
+            )
+            % words
+        )
     return (
         _(
             "It saves neither arithmetic nor time: products with weights take %(after)s operations for each token, "

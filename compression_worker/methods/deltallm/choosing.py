@@ -23,7 +23,7 @@ from compression_worker.making.table import six_digits
 from compression_worker.methods.deltallm.config import DeltaLLMConfig
 from compression_worker.methods.deltallm.differences import Pieces
 from compression_worker.methods.deltallm.factors import Starts
-from compression_worker.methods.deltallm.groups import Depth, picked
+from compression_worker.methods.deltallm.groups import Depth, cheapest, picked
 from compression_worker.methods.deltallm.layout import keys
 from compression_worker.methods.deltallm.matrices import shareable
 from compression_worker.methods.deltallm.sources import Sources, base_input
@@ -39,8 +39,9 @@ from compression_worker.tensors import whole
 def choose_step(context: StepContext) -> StepOutput:
     """One round: measure every candidate, choose the best ones. The last round measures what all of them cost.
 
-    The output's ``groups`` maps follower to anchor, ``rounds`` holds every candidate's divergence, and a blob for each
-    pair holds its factors. Groups that are given by hand are put in as they are.
+    The output's ``groups`` maps follower to anchor, ``left_out`` names those of rank 0, ``rounds`` holds every
+    candidate's divergence, and a blob for each pair holds its factors. Groups that are given by hand are put in as they
+    are.
     """
     params = context.spec.params
     with Sources.of(context) as sources:
@@ -49,12 +50,22 @@ def choose_step(context: StepContext) -> StepOutput:
             work.add(int(follower), anchor)
         if not params["by_hand"]:
             depth = Depth(blocks=params["blocks"], alike=tuple(params["alike"]), **params["protect"])
-            work.choose(depth, params["count"], params["still"])
-    data: Json = {"groups": {str(one): anchor for one, anchor in sorted(work.groups.items())}, "rounds": work.rounds}
+            if params.get("leaves_out"):
+                work.leave_out(depth, params["count"])
+            else:
+                work.choose(depth, params["count"], params["still"])
+    data: Json = {
+        "groups": {str(one): anchor for one, anchor in sorted(work.groups.items())},
+        "left_out": sorted(work.left_out),
+        "rounds": work.rounds,
+    }
     if params["final"]:
         data |= work.result()
         kl = data["curve"][-1]["kl"]
-        context.log(f"{len(work.groups)} blocks share: held-out KL {kl:.4g} before training", "info")
+        words = f" and {len(work.left_out)} are left out" if work.left_out else ""
+        context.log(
+            f"{len(work.groups) - len(work.left_out)} blocks share{words}: held-out KL {kl:.4g} before training", "info"
+        )
     return StepOutput(blobs=work.blobs, data=data)
 
 
@@ -65,6 +76,7 @@ class _Round:
         before = context.input("previous") if "previous" in context.spec.inputs else None
         checkpoint = opened(context, "variant")
         self.groups: dict[int, int] = {}
+        self.left_out: set[int] = set(before.data.get("left_out", [])) if before else set()
         self.rounds: list[Json] = list(before.data["rounds"]) if before else []
         self.blobs: dict[str, str] = dict(before.blobs) if before else {}
         self._context = context
@@ -78,6 +90,7 @@ class _Round:
         hessians = Hessians(context, checkpoint.fingerprint) if calibrated else None
         rank, own = context.spec.params["rank"], context.spec.params.get("group_ranks", {})
         ranks = {int(follower): one for follower, one in own.items()}
+        self.left_out |= {follower for follower, one in ranks.items() if not one}
         self._starts = Starts(config, rank, ranks, sources, hessians, seed=context.spec.seed, device=context.device)
         for follower, anchor in (before.data["groups"] if before else {}).items():
             self.add(int(follower), anchor)
@@ -86,6 +99,18 @@ class _Round:
         """Have ``follower`` share from here on."""
         self._put(follower, anchor)
         self.groups[follower] = anchor
+
+    def leave_out(self, depth: Depth, count: int) -> None:
+        """``count`` blocks more do nothing. What was measured of the others is not kept: they may share later."""
+        pairs = depth.idle(self.groups)
+        for block, anchor in pairs.items():
+            self._student.put(block, anchor, self._starts.of(self._layers, block, anchor))
+        found = self._measured(list(pairs))
+        chosen = cheapest(found, count)
+        self._note(dict.fromkeys(pairs), found, chosen)
+        for block in chosen:
+            self.left_out.add(block)
+            self.add(block, pairs[block])
 
     def choose(self, depth: Depth, count: int, still: int) -> None:
         """``count`` more followers of ``still`` that are wanted; measures again where choices exclude each other."""
@@ -96,8 +121,7 @@ class _Round:
                 self._context.progress(done, len(pairs), "candidates")
             found = self._measured(list(pairs))
             chosen = picked(found, depth, self.groups, count, still)
-            line = {str(block): [pairs[block], six_digits(kl)] for block, kl in found.items()}
-            self.rounds.append({"kl": line, "chosen": chosen})
+            self._note(pairs, found, chosen)
             for block in chosen:
                 self.groups[block] = pairs[block]
             count, still = count - len(chosen), still - len(chosen)
@@ -113,11 +137,16 @@ class _Round:
             curve.append(held.measured(self._student, 0, "base"))
         self._student.share(self.groups)
         curve.append(held.measured(self._student, 0, "start"))
-        if not is_swept(self._config):
+        if not is_swept(self._config) or self.left_out == self.groups.keys():
             return {"curve": curve}
         rank = self._context.spec.params["rank"]
         points = rank_sweep(self._student, self.groups, self._factors, held, curve[-1], rank)
         return {"curve": curve, "ranks": points}
+
+    def _note(self, pairs: Mapping[int, int | None], found: Mapping[int, float], chosen: list[int]) -> None:
+        """Keep what a round measured, beside each candidate's anchor; None where it would be left out."""
+        line = {str(block): [pairs[block], six_digits(kl)] for block, kl in found.items()}
+        self.rounds.append({"kl": line, "chosen": chosen})
 
     def _factors(self, follower: int, anchor: int) -> dict[str, Pieces]:
         return read_factors(self._context, self.blobs[pair_file(follower, anchor)], self._config.share_form)

@@ -10,7 +10,7 @@ many follow is arithmetic; which ones is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 
 from compression_worker.adapters import lora_names
@@ -25,8 +25,8 @@ from compression_worker.methods.deltallm import figures, layout
 from compression_worker.methods.deltallm.choosing import pair_file, read_factors
 from compression_worker.methods.deltallm.config import SIGN, DeltaLLMConfig
 from compression_worker.methods.deltallm.differences import Pieces
-from compression_worker.methods.deltallm.groups import Budget, Depth, budget, given, rounds, spread
-from compression_worker.methods.deltallm.matrices import Shareable, SharedMatrix, shareable, unshared
+from compression_worker.methods.deltallm.groups import Budget, Depth, Round, budget, given, spread
+from compression_worker.methods.deltallm.matrices import Shareable, shareable, unshared
 from compression_worker.methods.deltallm.merge import load_model, load_packed, open_merged
 from compression_worker.methods.deltallm.sources import base_input
 from compression_worker.methods.deltallm.stored import Deltas, base_files, raw_file, raw_parts
@@ -58,8 +58,7 @@ def plan_step(context: StepContext) -> StepOutput:
         protect_last=config.protect_last,
     )
     size = _budget(config, depth, layers, checkpoint.manifest["parameters"])
-    words = f"at rank {spread(size.rank, size.ranks.values(), ' to ')}" if size.rank else "by signs"
-    context.log(f"{size.followers} of {depth.blocks} blocks follow another, {words}", "info")
+    context.log(f"{_words(config, size)} of {depth.blocks} blocks", "info")
     beneath = planned(context, config.base_method, config.base_config()).steps if config.quantizes else ()
     plan = _Plan(context, config, depth, size, beneath)
     plan.add_text_and_teacher()
@@ -70,6 +69,13 @@ def plan_step(context: StepContext) -> StepOutput:
     plan.add_assembly()
     data = {"layers": depth.blocks, "followers": size.followers, "rank": size.rank}
     return StepOutput(data=data, steps=tuple(plan.steps))
+
+
+def _words(config: DeltaLLMConfig, size: Budget) -> str:
+    """``4 followers at rank 64``, and how many are left out."""
+    how = "by signs" if config.share_form == SIGN else f"at rank {spread(size.rank, size.ranks.values(), ' to ')}"
+    found = [f"{sharing} followers {how}"] if (sharing := size.followers - size.left_out) else []
+    return " and ".join([*found, *([f"{size.left_out} left out"] if size.left_out else [])])
 
 
 def parse_config(value: Json) -> DeltaLLMConfig:
@@ -95,6 +101,7 @@ def _budget(config: DeltaLLMConfig, depth: Depth, layers: Shareable, parameters:
         followers=config.followers,
         rank=rank,
         beside=config.scales_of(len(layers.sides)),
+        leaves_out=config.drops,
     )
 
 
@@ -110,7 +117,7 @@ class _Plan:
         beneath: Sequence[PlannedStep],
     ) -> None:
         self.steps = list(beneath)
-        self._config, self._depth, self._size = config, depth, size
+        self._context, self._config, self._depth, self._size = context, config, depth, size
         self._seed = context.spec.seed
         self._source = {name: context.spec.inputs[name] for name in ("variant", "calibration")}
         packed = {"packed": f"@{len(self.steps) - 1}"} if beneath else {}
@@ -153,10 +160,9 @@ class _Plan:
 
     def add_choice(self) -> None:
         config, depth = self._config, self._depth
-        counts = [0] if config.by_hand else rounds(self._size.followers, config.picks_per_round)
-        still = self._size.followers
-        for number, count in enumerate(counts, start=1):
-            final = number == len(counts)
+        rounds = [Round(0, self._size.followers)] if config.by_hand else self._size.rounds(config.picks_per_round)
+        for number, one in enumerate(rounds, start=1):
+            final = number == len(rounds)
             inputs = {**self._model, "text": self._text, **self._hessians}
             if not config.by_hand:
                 inputs["teacher"] = self._measured
@@ -164,27 +170,35 @@ class _Plan:
             inputs |= {"held_out": self._held_out} if final else {}
             self._chosen = self._add(
                 PlannedStep(
-                    name="groups by hand" if config.by_hand else f"choose followers, round {number} of {len(counts)}",
+                    name="groups by hand" if config.by_hand else f"choose followers, round {number} of {len(rounds)}",
                     kind="deltallm.choose",
                     group="choose",
                     params={
                         **self._settings(),
-                        "by_hand": {str(one): anchor for one, anchor in config.by_hand.items()},
+                        **({"rank": 0, "leaves_out": True} if one.leaves_out else {}),
+                        "by_hand": {str(block): anchor for block, anchor in config.by_hand.items()},
                         "blocks": depth.blocks,
                         "alike": list(depth.alike),
                         "protect": {"protect_first": depth.protect_first, "protect_last": depth.protect_last},
-                        "count": count,
-                        "still": still,
+                        "count": one.count,
+                        "still": one.still,
                         "final": final,
                     },
                     inputs=inputs,
                     seed=self._seed,
                 )
             )
-            still -= count
 
     def add_training(self) -> None:
-        chunks = list(self._chunks())
+        """Nothing learns where every follower is left out and nothing else is trained."""
+        learns = self._size.followers > self._size.left_out or self._config.tunes_others
+        if self._config.tokens and not learns:
+            self._context.log(
+                "no follower keeps a difference, so there is nothing to train: set train=deltas_lora to have the "
+                "other blocks make up for those that are left out",
+                "warning",
+            )
+        chunks = list(self._chunks()) if learns else []
         for number, (first, last, window) in enumerate(chunks):
             previous = {"previous": self._trained} if self._trained else {}
             self._trained = self._add(
@@ -252,12 +266,12 @@ def assemble_step(context: StepContext) -> StepOutput:
     checkpoint, base = opened(context, "variant"), base_input(context)
     architecture = architecture_of(checkpoint)
     groups = {int(one): anchor for one, anchor in context.input("chosen").data["groups"].items()}
-    pairs = shareable(checkpoint.manifest["config"], architecture, config.kinds).pairs(groups)
-    deltas = Deltas(context, config, pairs, _factors(context, groups, config.share_form))
+    layers = shareable(checkpoint.manifest["config"], architecture, config.kinds)
+    deltas = Deltas(context, config, layers.pairs(groups), _factors(context, groups, config.share_form))
     lines = deltas.lines
     if base is None:
         raw = raw_parts(context, architecture.parts, lines)
-        tuned = _adapters(context, config, pairs)
+        tuned = _adapters(context, config, layers.taken(groups, context.input("chosen").data.get("left_out", [])))
         digest, changes = raw_file(context, raw, tuned)
         blobs = {RAW_FILE: digest}
         own = _raw_lines(checkpoint, {name: raw.pop(name) for name in changes})
@@ -278,7 +292,7 @@ def assemble_step(context: StepContext) -> StepOutput:
         blobs={**blobs, layout.DELTAS_FILE: deltas.digest},
         figures=made,
         weigh=weigh,
-        name_hint=f"{METHOD}-{len(groups)}shared-"
+        name_hint=f"{METHOD}-{_count_hint(context)}"
         + _rank_hint(context.spec.params)
         + (f"-{config.num_bits}bit" if base else ""),
         nominal_ratio=made["linears"]["true_ratio"],
@@ -287,9 +301,19 @@ def assemble_step(context: StepContext) -> StepOutput:
     return assemble(context, parcel)
 
 
+def _count_hint(context: StepContext) -> str:
+    """``4shared``, ``4shared-2out`` or ``2out``."""
+    chosen = context.input("chosen").data
+    gone = len(chosen.get("left_out", []))
+    counts = {"shared": len(chosen["groups"]) - gone, "out": gone}
+    return "-".join(f"{count}{what}" for what, count in counts.items() if count)
+
+
 def _rank_hint(params: Json) -> str:
-    """``r64``, ``r32-64`` or ``sign``."""
-    return f"r{spread(params['rank'], params.get('group_ranks', {}).values(), '-')}" if params["rank"] else SIGN
+    """``-r64``, ``-r32-64`` or ``-sign``; nothing where all are left out."""
+    if params["config"]["share_form"] == SIGN:
+        return f"-{SIGN}"
+    return f"-r{spread(params['rank'], params.get('group_ranks', {}).values(), '-')}" if params["rank"] else ""
 
 
 def _readable(context: StepContext, lines: Mapping[str, Json], raw: Mapping[str, str], digest: str) -> dict[str, str]:
@@ -307,15 +331,13 @@ def _raw_lines(checkpoint: Checkpoint, parts: Mapping[str, str]) -> dict[str, Js
     }
 
 
-def _adapters(
-    context: StepContext, config: DeltaLLMConfig, pairs: Sequence[tuple[SharedMatrix, SharedMatrix]]
-) -> dict[str, Pieces]:
-    """Name -> ``A`` and ``B`` of linears that learned beside the shared ones; ``B A`` lies as the weight does."""
+def _adapters(context: StepContext, config: DeltaLLMConfig, taken: Collection[str]) -> dict[str, Pieces]:
+    """Name -> ``A`` and ``B`` of linears that learned beside ``taken`` weights; ``B A`` lies as the weight does."""
     if not config.tunes_others:
         return {}
     checkpoint = opened(context, "variant")
     state = read_blob(context, context.input("trained").blobs[STATE_FILE])
-    others = unshared(checkpoint.manifest["config"], architecture_of(checkpoint), pairs)
+    others = unshared(checkpoint.manifest["config"], architecture_of(checkpoint), taken)
     lying = {linear.name for linear in architecture_of(checkpoint).linears() if linear.transposed}
     found = {}
     for name, (path, _) in others.items():

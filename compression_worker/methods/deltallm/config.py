@@ -23,6 +23,7 @@ FOR_BASE = ("num_bits", "group_size", "samples", "length")
 """Settings that are handed to the method of a packed base, where it has them."""
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 DELTA_DTYPES = tuple(ITEM_BYTES)
+DROPPINGS = ("none", "measured")
 LOW_RANK, SCALED, SIGN = "low_rank", "scaled", "sign"
 FORMS = (LOW_RANK, SCALED, SIGN)
 
@@ -56,7 +57,7 @@ class DeltaLLMConfig:
             "label": "Groups by hand",
             "help": (
                 "Anchor and followers by number of block, from 0: 4:5,6;10:11. With @, a group has a rank of its own: "
-                "4:5,6@32. Empty: chosen by what each candidate costs on the text."
+                "4:5,6@32; its blocks are left out at @0. Empty: chosen by what each candidate costs on the text."
             ),
         },
     )
@@ -270,6 +271,20 @@ class DeltaLLMConfig:
             "advanced": True,
         },
     )
+    dropping: str = field(
+        default="none",
+        metadata={
+            "label": "Blocks left out",
+            "help": (
+                "none: every follower keeps a difference, as published. measured: as many blocks as the share of "
+                "parameters has room for do nothing any more (the modules that are shared), those that cost least on "
+                "the text; followers make up for the rest of it. Saves time too; needs share_form=scaled. What is left "
+                "learns with train=deltas_lora."
+            ),
+            "choices": DROPPINGS,
+            "advanced": True,
+        },
+    )
     base_method: str = field(
         default="none",
         metadata={
@@ -360,6 +375,7 @@ class DeltaLLMConfig:
             raise CompressionError(
                 "bad_setting", "groups have ranks, and share_form=sign has none: leave out what stands behind @"
             )
+        self._check_dropping()
         one_of("base_method", self.base_method, ("none", *BASES))
         if self.quantizes:
             self.base_config()
@@ -376,6 +392,11 @@ class DeltaLLMConfig:
     def scales_of(self, matrices: int) -> int:
         """How many numbers a follower of so many matrices keeps beside its factors."""
         return matrices if self.share_form == SCALED else 0
+
+    @property
+    def drops(self) -> bool:
+        """Whether the target is met by leaving blocks out, as far as it has room for them."""
+        return self.dropping == "measured"
 
     @property
     def quantizes(self) -> bool:
@@ -417,6 +438,22 @@ class DeltaLLMConfig:
             raise CompressionError(
                 "bad_setting",
                 "hidden_weight compares with the model as it was, and train=deltas_lora changes it: choose one of them",
+            )
+
+    def _check_dropping(self) -> None:
+        """Refuse blocks left out in a form that has no number for that, or beside other ways to say how many follow."""
+        one_of("dropping", self.dropping, DROPPINGS)
+        if self.share_form != SCALED and (self.drops or 0 in self.own_ranks.values()):
+            what = "dropping=measured" if self.drops else "rank 0 behind @"
+            raise CompressionError(
+                "bad_setting",
+                f"{what} leaves blocks out, and share_form is {self.share_form!r}: set share_form={SCALED}",
+            )
+        if self.drops and (self.target_reduction is None or self.followers is not None or self.groups.strip()):
+            raise CompressionError(
+                "bad_setting",
+                "dropping=measured meets a share of parameters: set target_reduction, and neither followers nor "
+                "groups; blocks are left out by hand with @0 behind their group",
             )
 
     def _shares(self, *names: str) -> None:

@@ -5,7 +5,8 @@
     sign:      W = W_a + alpha S,       S = sign(W_l - W_a), alpha = mean |W_l - W_a| as it begins, then trained
 
 The first is published (arXiv:2501.18596). The second is ours: where the weights of two layers have nothing in common
-``c`` is near 0, and an anchor that would only be noise is left out. The third is BitDelta's form (arXiv:2402.10193)
+``c`` is near 0, and an anchor that would only be noise counts for nothing; with ``c = 0`` and no rank nothing is left
+of the matrix, and nothing is computed. The third is BitDelta's form (arXiv:2402.10193)
 between the layers of one model, to compare at equal bytes.
 """
 
@@ -35,6 +36,9 @@ class LowRank(torch.nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y + linear(linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
+    is_nothing = False
+    """Whether it is zero, and its anchor counts for nothing."""
+
     def pieces(self) -> dict[str, torch.nn.Parameter]:
         """What learns, by the ends of their names."""
         return {"A": self.A, "B": self.B}
@@ -49,6 +53,7 @@ class ScaledLowRank(LowRank):
     def __init__(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> None:
         super().__init__(a, b)
         self.c = torch.nn.Parameter(c, requires_grad=False)
+        self.is_nothing = not len(a) and not bool(c.any())
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return super().forward(x, self.c.to(y.dtype) * y)
@@ -59,6 +64,8 @@ class ScaledLowRank(LowRank):
 
 class Signs(torch.nn.Module):
     """``y + alpha x S^T (..., N)`` from ``x (..., K)`` and ``y = x W_a^T``; signs stay packed."""
+
+    is_nothing = False
 
     def __init__(self, packed: torch.Tensor, scale: torch.Tensor) -> None:
         super().__init__()

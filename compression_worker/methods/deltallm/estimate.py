@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from compression_worker.catalog import METHODS
 from compression_worker.contracts import CompressionError, Json
 from compression_worker.methods.deltallm.config import ITEM_BYTES, SIGN, DeltaLLMConfig, sign_bytes
-from compression_worker.methods.deltallm.groups import Budget, Depth, budget, given, rounds, saving
+from compression_worker.methods.deltallm.groups import Budget, Depth, budget, given, saving
 from compression_worker.preflight import (
     FLOAT,
     PROCESS_BYTES,
@@ -36,17 +36,14 @@ ATTENTION = {7: 4, 4: 2}
 class Plan:
     """What arithmetic on shapes says: how many follow at what rank, and the sides of one block's shared matrices.
 
-    ``scales``: numbers that a follower keeps beside its factors.
+    ``scales``: numbers that a follower keeps beside its factors. ``is_signs``: differences are signs, without a rank.
     """
 
     size: Budget
     depth: Depth
     sides: tuple[tuple[int, int], ...]
     scales: int = 0
-
-    @property
-    def is_signs(self) -> bool:
-        return not self.size.rank
+    is_signs: bool = False
 
     @property
     def delta_parameters(self) -> int:
@@ -128,10 +125,11 @@ def planned(config: DeltaLLMConfig, model: Model, shapes: Shapes | None) -> Plan
                 followers=config.followers,
                 rank=rank,
                 beside=config.scales_of(len(sides)),
+                leaves_out=config.drops,
             )
     except CompressionError:
         return None
-    return Plan(size, depth, sides, config.scales_of(len(sides)))
+    return Plan(size, depth, sides, config.scales_of(len(sides)), config.share_form == SIGN)
 
 
 def cheaper(config: DeltaLLMConfig) -> Iterator[DeltaLLMConfig]:
@@ -183,8 +181,9 @@ def _start_bytes(config: DeltaLLMConfig, plan: Plan | None) -> int:
     """Factors of each candidate, kept behind the round that first measured it."""
     if plan is None:
         return 0
-    pairs = plan.size.followers if config.by_hand else 2 * len(plan.depth.candidates)
-    return pairs * plan.delta_bytes(ITEM_BYTES[config.delta_dtype]) // plan.size.followers
+    sharing = plan.size.followers - plan.size.left_out
+    pairs = sharing if config.by_hand else 2 * len(plan.depth.candidates)
+    return pairs * plan.delta_bytes(ITEM_BYTES[config.delta_dtype]) // sharing if sharing else 0
 
 
 def _parts(
@@ -199,7 +198,7 @@ def _parts(
         return
     width, matrices = model.width, shapes.layers * len(shapes.block)
     followers = plan.size.followers * len(plan.sides)
-    measured = 0 if config.by_hand else len(rounds(plan.size.followers, config.picks_per_round))
+    measured = 0 if config.by_hand else len(plan.size.rounds(config.picks_per_round))
     candidates = measured * len(plan.depth.candidates)
     lines = (LINE + FIGURES) * (matrices - followers) + (SHARED_LINE + FIGURES) * followers + LINE * shapes.tensors
     sizes = {
@@ -255,16 +254,16 @@ def _loads(
     )
     if config.start == "svd_covariance":
         yield from shared.calibration_loads(model, shapes, sizes, hessians=True)
-    measured = [0] if config.by_hand or plan is None else rounds(plan.size.followers, config.picks_per_round)
+    measured = 1 if config.by_hand or plan is None else len(plan.size.rounds(config.picks_per_round))
     factors = 2 * starts
     outputs = FLOAT * length * (shapes.hidden * shapes.layers if shapes else 0)
     square = 8 * 6 * max((max(pair) for pair in plan.sides), default=0) ** 2 if plan else 0
     passing = max(3 * FLOAT * length * vocabulary + outputs, square)
     said = {"config": {"measure_windows": config.measure_windows, "held_out": config.held_out}}
-    work = [choose_work({**said, "final": final}, sizes) for final in [False] * (len(measured) - 1) + [True]]
+    work = [choose_work({**said, "final": final}, sizes) for final in [False] * (measured - 1) + [True]]
     yield StepLoad(
         kind="deltallm.choose",
-        count=len(measured),
+        count=measured,
         units=sum(work),
         memory_bytes=PROCESS_BYTES + FLOAT * model.parameters + factors + passing,
         gpu_bytes=model.weight_bytes + factors + passing,

@@ -47,6 +47,8 @@ class Starts:
         }
 
     def _one(self, follower: SharedMatrix, anchor: SharedMatrix, rank: int) -> Pieces:
+        if not rank:  # left out
+            return torch.zeros((0, follower.sides[1])), torch.zeros((follower.sides[0], 0)), torch.zeros(1)
         seed = int(sha256(f"{self._seed} {follower.name} {anchor.name}".encode())[:15], 16)
         if self._config.start == "zero":
             return (*_zero(follower.sides, rank, seed), *self._scale(torch.ones(1)))

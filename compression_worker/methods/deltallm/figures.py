@@ -38,6 +38,7 @@ def made(
         "linears": {"bits_per_weight": six_digits(8 * size / weights), "true_ratio": six_digits(whole / size)},
         "sharing": {
             "groups": _groups(chosen["groups"]),
+            **({"left_out": chosen["left_out"]} if chosen.get("left_out") else {}),
             "form": config.share_form,
             "blocks": len(architecture_of(opened(context, "variant")).blocks),
             **{name: value for name, value in context.spec.params.items() if name in ("rank", "group_ranks")},
@@ -66,7 +67,7 @@ def ranks(points: Sequence[Json], before: int, table: Mapping[str, Json]) -> lis
     for point in points:
         parts = point["parts"]
         cut = {name: entry | {"rank": entry["rank"] // parts if parts else 0} for name, entry in shared.items()}
-        low, high = (pick(entry["rank"] for entry in cut.values()) for pick in (min, max))
+        low, high = (pick(cut[name]["rank"] for name in cut if shared[name]["rank"]) for pick in (min, max))
         found.append(
             {
                 "rank": high,
@@ -79,18 +80,18 @@ def ranks(points: Sequence[Json], before: int, table: Mapping[str, Json]) -> lis
 
 
 def operations(table: Mapping[str, Json], manifest: Json) -> Json:
-    """Multiplications and additions of products with weights, for each token, before and after: never fewer.
+    """Multiplications and additions of products with weights, for each token, before and after.
 
-    Every follower multiplies with its anchor's weight and with its factors as well. Attention's products of tokens
+    Never fewer, unless blocks are left out: every other follower multiplies with its anchor's weight and with its
+    factors as well. Attention's products of tokens
     with each other are the same in both and are not counted, nor are the experts that a token does not reach.
     """
     matrices = [entry for entry in table.values() if len(entry["shape"]) == 2 and entry.get("part") != "embeddings"]
     before = sum(2 * _weights(entry) for entry in matrices)
     tied = [target for _, target in manifest["aliases"]]
     before += sum(2 * _weights(table[name]) for name in tied)
-    after = before + sum(delta_operations(entry) for entry in matrices if entry["kind"] == "shared")
-    assert after >= before, "sharing saves no arithmetic"
-    return {"before": before, "after": after}
+    added = [delta_operations(entry) for entry in matrices if entry["kind"] == "shared"]
+    return {"before": before, "after": before + sum(added)}
 
 
 def _training(context: StepContext, config: DeltaLLMConfig) -> Json:
@@ -134,8 +135,8 @@ def _groups(groups: Mapping[str, int]) -> Json:
 def _matrix(name: str, entry: Json, size: int, errors: Mapping[str, float], theirs: Mapping[str, Json]) -> Json:
     """A shared weight by what it is made of, another as the packed base says, or as it was."""
     if entry["kind"] == "shared":
-        coding = f"rank {entry['rank']}" if entry["form"] != SIGN else "signs"
-        coding += f" on '{entry['anchor']}'"
+        coding = "signs" if entry["form"] == SIGN else f"rank {entry['rank']}" if entry["rank"] else "left out"
+        coding += f" on '{entry['anchor']}'" if coding != "left out" else ""
         return {"name": name, "coding": coding, "bytes": size, "relative_error": errors[name]}
     if name in errors:
         return {"name": name, "coding": "whole, tuned", "bytes": size, "relative_error": errors[name]}

@@ -7,6 +7,8 @@ difference of rank ``r``. Of a block whose shared matrices are ``N x K``, that s
 
 (DeltaLLM, arXiv:2501.18596). That anchors come before their followers, that a follower's anchor is the nearest one and
 that first and last blocks are not shared is our reading.
+
+Ours beside it: a follower of rank 0 is *left out*, ``W = 0``. It saves all of ``s(0)``, and uses nothing of its anchor.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from compression_worker.contracts import CompressionError
 
@@ -35,7 +37,7 @@ def parse_groups(text: str) -> dict[int, int]:
 
 
 def parse_ranks(text: str) -> dict[int, int]:
-    """Follower -> rank of the groups that say one: 5 and 6 -> 32 out of ``4:5,6@32;10:11``."""
+    """Follower -> rank of the groups that say one: 5 and 6 -> 32 out of ``4:5,6@32;10:11``. 0: they are left out."""
     return {follower: rank for _, followers, rank in _groups(text) if rank is not None for follower in followers}
 
 
@@ -52,8 +54,8 @@ def _groups(text: str) -> Iterator[tuple[int, list[int], int | None]]:
                 f"'{group}' is no group; write anchor:follower,follower as in 4:5,6;10:11, and @rank behind a group "
                 "that has a rank of its own, as in 4:5,6@32"
             ) from None
-        if rank is not None and rank < 1:
-            raise _bad(f"group '{group}' has rank {rank}; it must be 1 or more")
+        if rank is not None and rank < 0:
+            raise _bad(f"group '{group}' has rank {rank}; it must be 0 or more")
         yield anchor, followers, rank
 
 
@@ -86,6 +88,10 @@ class Depth:
         pairs = {block: self.anchor(block, chosen) for block in sorted(left)}
         return {block: anchor for block, anchor in pairs.items() if len(left - {block, anchor}) >= still - 1}
 
+    def idle(self, chosen: Collection[int]) -> dict[int, int]:
+        """Candidate -> the first block, for those that may be left out where ``chosen`` are followers by now."""
+        return {block: self.alike[0] for block in self.candidates if block not in chosen}
+
     def check(self, groups: Mapping[int, int]) -> None:
         """Refuse groups that name a block which does not exist, or blocks of different shapes."""
         for block in (*groups, *groups.values()):
@@ -109,18 +115,45 @@ def picked(measured: Mapping[int, float], depth: Depth, chosen: Mapping[int, int
     return made
 
 
+def cheapest(measured: Mapping[int, float], count: int) -> list[int]:
+    """The ``count`` blocks that cost least."""
+    return sorted(measured, key=lambda block: (measured[block], block))[:count]
+
+
+@dataclass(frozen=True)
+class Round:
+    """``count`` blocks are chosen when ``still`` have to be found; ``leaves_out``: they do nothing any more."""
+
+    count: int
+    still: int
+    leaves_out: bool = False
+
+
 @dataclass(frozen=True)
 class Budget:
-    """How many blocks follow, and at what rank: each of them, or the highest where ``ranks`` names each follower's."""
+    """How many blocks follow, and at what rank: each of them, or the highest where ``ranks`` names each follower's.
+
+    ``left_out`` of them have rank 0 instead.
+    """
 
     followers: int
     rank: int
     ranks: Mapping[int, int] = field(default_factory=dict)
+    left_out: int = 0
 
     @property
     def all_ranks(self) -> int:
         """The sum of the followers' ranks."""
-        return sum(self.ranks.values()) if self.ranks else self.followers * self.rank
+        return sum(self.ranks.values()) if self.ranks else (self.followers - self.left_out) * self.rank
+
+    def rounds(self, picks: int) -> list[Round]:
+        """Rounds of at most ``picks`` choices: first those that are left out, then those that keep a difference."""
+        counts = [(count, True) for count in rounds(self.left_out, picks)]
+        counts += [(count, False) for count in rounds(self.followers - self.left_out, picks)]
+        before = accumulate((count for count, _ in counts), initial=0)
+        return [
+            Round(count, self.followers - done, leaves) for (count, leaves), done in zip(counts, before, strict=False)
+        ]
 
 
 def saving(sides: Sequence[tuple[int, int]], rank: int) -> int:
@@ -155,12 +188,14 @@ def given(
             f"the rank of block {follower}, in the group of block {groups[follower]}," if follower in own else "rank"
         )
         check_rank(sides, one, whose)
-    return Budget(len(groups), max(ranks.values()), ranks if own else {})
+    left_out = sum(1 for follower in groups if own.get(follower) == 0)
+    return Budget(len(groups), max(ranks.values()), ranks if own else {}, left_out)
 
 
 def spread(rank: int, ranks: Collection[int], between: str) -> str:
-    """``64``, or the lowest and the highest of ``ranks`` where they differ: ``32 to 64``."""
-    low, high = min(ranks, default=rank), max(ranks, default=rank)
+    """``64``, or the lowest and the highest of ``ranks`` where they differ: ``32 to 64``. Blocks left out have none."""
+    kept = [one for one in ranks if one]
+    low, high = min(kept, default=rank), max(kept, default=rank)
     return f"{low}{between}{high}" if low < high else str(high)
 
 
@@ -173,11 +208,13 @@ def budget(
     followers: int | None,
     rank: int,
     beside: int = 0,
+    leaves_out: bool = False,
 ) -> Budget:
     """As few followers as reach ``target`` (a share of ``parameters``) at ``rank``, then the highest rank that does.
 
-    ``followers`` overrules the target; ``beside``: parameters that a follower keeps beside its factors. Refuses a model
-    without shareable layers, and what cannot be met.
+    ``followers`` overrules the target; ``beside``: parameters that a follower keeps beside its factors. With
+    ``leaves_out``, as many blocks are left out as the target has room for, and ``rank`` is not asked for. Refuses a
+    model without shareable layers, and what cannot be met.
     """
     most = len(depth.candidates)
     if not most:
@@ -186,6 +223,9 @@ def budget(
             f"no layer can be shared: of {depth.blocks} blocks the first {depth.protect_first} and the last "
             f"{depth.protect_last} are protected and an anchor is needed; lower protect_first and protect_last",
         )
+    if leaves_out:
+        assert target is not None
+        return _leaving_out(sides, parameters, most, target, beside)
     check_rank(sides, rank)
     if followers is not None:
         if followers > most:
@@ -202,10 +242,29 @@ def budget(
             f"parameters at most ({ever:.3g} % at rank 1): set a lower target or rank, share more modules, or protect "
             "fewer blocks",
         )
-    # s(r) falls by the same amount with each rank.
+    return Budget(needed, max(rank, _rank_that_saves(sides, wanted / needed + beside)))
+
+
+def _leaving_out(sides: Sequence[tuple[int, int]], parameters: int, most: int, target: float, beside: int) -> Budget:
+    """Fewer blocks left out than would reach the target alone, and followers with differences for what is missing."""
+    wanted, whole = target * parameters, saving(sides, 0) - beside
+    gone = math.ceil(wanted / whole) - 1
+    missing = wanted - gone * whole
+    sharing = math.ceil(missing / (saving(sides, 1) - beside))
+    if gone + sharing > most:
+        raise CompressionError(
+            "target_out_of_reach",
+            f"target_reduction is {target:g}, and the {most} blocks that may be left out have "
+            f"{100 * most * whole / parameters:.3g} % of the parameters: set a lower target, share more modules, or "
+            "protect fewer blocks",
+        )
+    return Budget(gone + sharing, _rank_that_saves(sides, missing / sharing + beside), left_out=gone)
+
+
+def _rank_that_saves(sides: Sequence[tuple[int, int]], wanted: float) -> int:
+    """The highest rank with ``s(r) >= wanted``; ``s`` falls by the same amount with each rank."""
     step = saving(sides, 0) - saving(sides, 1)
-    most_rank = min(math.floor((saving(sides, 0) - beside - wanted / needed) / step), highest_rank(sides))
-    return Budget(needed, max(rank, most_rank))
+    return min(math.floor((saving(sides, 0) - wanted) / step), highest_rank(sides))
 
 
 def rounds(followers: int, picks: int) -> list[int]:

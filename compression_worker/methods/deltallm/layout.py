@@ -49,10 +49,12 @@ def delta_parameters(entry: Json) -> int:
 
 
 def delta_operations(entry: Json) -> int:
-    """Multiplications and additions that a line of kind ``shared`` adds for each token."""
+    """Multiplications and additions that a line of kind ``shared`` adds for each token; one left out takes all away."""
     outputs, inputs = sides_of(entry)
     if entry["form"] == SIGN:
         return 2 * outputs * inputs
+    if not entry["rank"]:
+        return -2 * outputs * inputs
     return 2 * int(entry["rank"]) * (outputs + inputs) + (outputs if entry["form"] == SCALED else 0)
 
 

@@ -8,7 +8,7 @@ block to block.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,15 +66,23 @@ class Shareable:
             found += [(one, theirs[one.role]) for one in self.blocks[follower]]
         return found
 
+    def taken(self, groups: Mapping[int, int], left_out: Collection[int]) -> set[str]:
+        """The names of weights that follow, or that a follower uses: those of ``left_out`` use none."""
+        return {
+            one.name
+            for follower, anchor in self.pairs(groups)
+            for one in ([follower] if follower.linear.block in left_out else [follower, anchor])
+        }
+
 
 def unshared(
-    config: Json, architecture: Architecture, pairs: Sequence[tuple[SharedMatrix, SharedMatrix]]
+    config: Json, architecture: Architecture, taken: Collection[str]
 ) -> dict[str, tuple[str, tuple[int, int]]]:
-    """The block linears that neither follow nor are followed: name -> path in the model and ``(N, K)``.
+    """The block linears that neither follow nor are followed, which are ``taken``: name -> path and ``(N, K)``.
 
-    Experts of a mixture, which are no modules of their own, are left out.
+    Experts of a mixture, which are no modules of their own, are not among them.
     """
-    taken = {one.name for pair in pairs for one in pair} | architecture.stacked()
+    taken = {*taken, *architecture.stacked()}
     model = build(config)
     modules = dict(model.named_modules())
     found = {}

@@ -30,7 +30,10 @@ class SharedLinear(torch.nn.Module):
         return self._anchor[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.difference(x, without_bias(self.anchor, x))
+        if self.difference.is_nothing:
+            y = x.new_zeros((*x.shape[:-1], len(self.difference.B)))
+        else:
+            y = self.difference(x, without_bias(self.anchor, x))
         return y if self.bias is None else y + self.bias
 
 

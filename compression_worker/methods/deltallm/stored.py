@@ -29,7 +29,7 @@ class Deltas:
     """The file of all factors; ``lines`` of the table, of each weight.
 
     ``errors``: how far each is from what it was, relative to it; ``scales``: what its anchor is multiplied with, in the
-    form that does so.
+    form that does so, unless it is left out.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Deltas:
                     pieces = tuple(one.to("cpu", dtype).contiguous() for one in pieces)
                 flat |= dict(zip(keys(follower.name, config.share_form), pieces, strict=True))
                 self.lines[follower.name] = self._line(follower, anchor, pieces)
-                if config.share_form == SCALED:
+                if config.share_form == SCALED and len(pieces[0]):
                     self.scales[follower.name] = six_digits(float(pieces[-1]))
                 made = dense(pieces, sources.anchor(anchor))
                 self.errors[follower.name] = _distance(made, sources.own(follower))

@@ -79,11 +79,12 @@ class Student:
 
     @property
     def factors(self) -> dict[str, torch.nn.Parameter]:
-        """All that learns by name: factors, A before B of each matrix, and those of adapters."""
+        """All that learns by name: factors, A before B of each matrix that is not left out, and those of adapters."""
         found = {
             f"{name}#{end}": piece
             for name, follower in self.followers.items()
             for end, piece in follower.shared.difference.pieces().items()
+            if not follower.shared.difference.is_nothing
         }
         return found | (lora.factors(self.model, self.adapted.values()) if self.adapted else {})
 

@@ -39,6 +39,7 @@ def rank_sweep(
     points = [{"parts": 1, "kl": whole["kl"]}]
     for parts in (*(one for one in PARTS if one <= rank), 0):
         for follower, anchor in groups.items():
+            # What is left out has no rank to lose, and stays as it is.
             student.put(
                 follower, anchor, {name: cut(pieces, parts) for name, pieces in factors(follower, anchor).items()}
             )

@@ -85,8 +85,9 @@ def learner(context: StepContext, config: DeltaLLMConfig) -> Student:
             follower, anchor, read_factors(context, chosen.blobs[pair_file(follower, anchor)], config.share_form)
         )
     if config.tunes_others:
-        pairs = layers.pairs({int(one): anchor for one, anchor in chosen.data["groups"].items()})
-        others = unshared(checkpoint.manifest["config"], architecture_of(checkpoint), pairs)
+        groups = {int(one): anchor for one, anchor in chosen.data["groups"].items()}
+        taken = layers.taken(groups, chosen.data.get("left_out", []))
+        others = unshared(checkpoint.manifest["config"], architecture_of(checkpoint), taken)
         student.adapt(others, config.lora_rank, context.spec.seed)
     if config.replacement == "none" and not config.hidden_weight:
         student.forget()
