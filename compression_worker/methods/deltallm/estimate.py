@@ -50,7 +50,7 @@ class Plan:
         """What is trained of differences: factors, or a scale of each matrix."""
         if self.is_signs:
             return self.size.followers * len(self.sides)
-        return self.size.all_ranks * sum(n + k for n, k in self.sides) + self.size.followers * self.scales
+        return self.size.factors(self.sides) + self.size.followers * self.scales
 
     def delta_bytes(self, item_bytes: int) -> int:
         """Differences as stored."""

@@ -10,6 +10,7 @@ import torch
 from compression_worker.contracts import sha256
 from compression_worker.methods.deltallm.config import SCALED, SIGN, DeltaLLMConfig
 from compression_worker.methods.deltallm.differences import Pieces, is_signs, signs_of
+from compression_worker.methods.deltallm.groups import own_rank
 from compression_worker.methods.deltallm.matrices import Shareable, SharedMatrix
 from compression_worker.methods.deltallm.sources import Sources
 from compression_worker.quantization.calibration import Hessians
@@ -19,7 +20,7 @@ from compression_worker.quantization.low_rank import closed_form, truncated
 class Starts:
     """The factors that followers begin with, rounded to the dtype that they are stored in.
 
-    They have ``rank``, or what ``ranks`` says of a block.
+    They have ``rank``, or what ``ranks`` says of a block; a matrix that would grow has the highest that it can.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Starts:
         }
 
     def _one(self, follower: SharedMatrix, anchor: SharedMatrix, rank: int) -> Pieces:
+        rank = own_rank(*follower.sides, rank)
         if not rank:  # left out
             return torch.zeros((0, follower.sides[1])), torch.zeros((follower.sides[0], 0)), torch.zeros(1)
         seed = int(sha256(f"{self._seed} {follower.name} {anchor.name}".encode())[:15], 16)

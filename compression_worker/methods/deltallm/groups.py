@@ -14,6 +14,7 @@ Ours beside it: a follower of rank 0 is *left out*, ``W = 0``. It saves all of `
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -141,10 +142,10 @@ class Budget:
     ranks: Mapping[int, int] = field(default_factory=dict)
     left_out: int = 0
 
-    @property
-    def all_ranks(self) -> int:
-        """The sum of the followers' ranks."""
-        return sum(self.ranks.values()) if self.ranks else (self.followers - self.left_out) * self.rank
+    def factors(self, sides: Sequence[tuple[int, int]]) -> int:
+        """Parameters of all factors; ``sides`` are ``(N, K)`` of a follower's shared matrices."""
+        ranks = self.ranks.values() if self.ranks else [self.rank] * (self.followers - self.left_out)
+        return sum(saving(sides, 0) - saving(sides, rank) for rank in ranks)
 
     def rounds(self, picks: int) -> list[Round]:
         """Rounds of at most ``picks`` choices: first those that are left out, then those that keep a difference."""
@@ -158,7 +159,12 @@ class Budget:
 
 def saving(sides: Sequence[tuple[int, int]], rank: int) -> int:
     """Parameters that one follower saves; ``sides`` are ``(N, K)`` of its shared matrices."""
-    return sum(n * k - rank * (n + k) for n, k in sides)
+    return sum(n * k - own_rank(n, k, rank) * (n + k) for n, k in sides)
+
+
+def own_rank(n: int, k: int, rank: int) -> int:
+    """``rank``, or the highest at which a matrix ``N x K`` is smaller than it was."""
+    return min(rank, (n * k - 1) // (n + k))
 
 
 def highest_rank(sides: Sequence[tuple[int, int]]) -> int:
@@ -242,11 +248,15 @@ def budget(
             f"parameters at most ({ever:.3g} % at rank 1): set a lower target or rank, share more modules, or protect "
             "fewer blocks",
         )
-    return Budget(needed, max(rank, _rank_that_saves(sides, wanted / needed + beside)))
+    return Budget(needed, max(rank, _rank_that_saves(sides, wanted / needed + beside, highest_rank(sides))))
 
 
 def _leaving_out(sides: Sequence[tuple[int, int]], parameters: int, most: int, target: float, beside: int) -> Budget:
-    """Fewer blocks left out than would reach the target alone, and followers with differences for what is missing."""
+    """Fewer blocks left out than would reach the target alone, and followers with differences for what is missing.
+
+    So that little more than that goes, their rank may be higher than what saves anything in the smallest matrices,
+    which have the highest that does.
+    """
     wanted, whole = target * parameters, saving(sides, 0) - beside
     gone = math.ceil(wanted / whole) - 1
     missing = wanted - gone * whole
@@ -258,13 +268,13 @@ def _leaving_out(sides: Sequence[tuple[int, int]], parameters: int, most: int, t
             f"{100 * most * whole / parameters:.3g} % of the parameters: set a lower target, share more modules, or "
             "protect fewer blocks",
         )
-    return Budget(gone + sharing, _rank_that_saves(sides, missing / sharing + beside), left_out=gone)
+    most_rank = max(highest_rank([pair]) for pair in sides)
+    return Budget(gone + sharing, _rank_that_saves(sides, missing / sharing + beside, most_rank), left_out=gone)
 
 
-def _rank_that_saves(sides: Sequence[tuple[int, int]], wanted: float) -> int:
-    """The highest rank with ``s(r) >= wanted``; ``s`` falls by the same amount with each rank."""
-    step = saving(sides, 0) - saving(sides, 1)
-    return min(math.floor((saving(sides, 0) - wanted) / step), highest_rank(sides))
+def _rank_that_saves(sides: Sequence[tuple[int, int]], wanted: float, most: int) -> int:
+    """The highest rank up to ``most`` with ``s(r) >= wanted``: ``s`` falls with the rank."""
+    return bisect_left(range(1, most + 1), True, key=lambda rank: saving(sides, rank) < wanted)
 
 
 def rounds(followers: int, picks: int) -> list[int]:

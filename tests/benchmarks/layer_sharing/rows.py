@@ -30,9 +30,9 @@ class SharingRow(Row):
         """With ``usual`` settings where it has none of its own, and with the groups of what ``sharing`` tells of."""
         own = {setting.partition("=")[0] for setting in self.set}
         if sharing is not None:
-            ranks = sharing.get("group_ranks", {})
+            ranks = {str(block): 0 for block in sharing.get("left_out", [])} | sharing.get("group_ranks", {})
             groups = (
-                f"{anchor}:{','.join(map(str, some))}" + (f"@{rank}" if rank else "")
+                f"{anchor}:{','.join(map(str, some))}" + (f"@{rank}" if rank is not None else "")
                 for anchor, followers in sharing["groups"].items()
                 for rank, some in groupby(followers, key=lambda one: ranks.get(str(one)))
             )

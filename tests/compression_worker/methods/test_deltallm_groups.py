@@ -42,8 +42,7 @@ def test_groups_are_read_as_they_are_written() -> None:
         ("1:2@half", "'1:2@half' is no group"),
         ("1:2@4@8", "'1:2@4@8' is no group"),
         ("1@4:2", "'1@4:2' is no group"),
-        ("0:1;2:3@0", "group '2:3@0' has rank 0; it must be 1 or more"),
-        ("1:2@-4", "has rank -4"),
+        ("1:2@-4", "group '1:2@-4' has rank -4; it must be 0 or more"),
     ],
 )
 def test_groups_that_contradict_each_other_are_refused(text: str, words: str) -> None:
@@ -123,10 +122,10 @@ def test_a_group_has_the_rank_that_it_says_and_others_that_of_all() -> None:
     text = "4:5,6@32;10:11@100;7:8"
     found = given(parse_groups(text), parse_ranks(text), depth, PHI, 64)
     assert found.ranks == {5: 32, 6: 32, 11: 100, 8: 64}
-    assert (found.followers, found.rank, found.all_ranks) == (4, 100, 228)
+    assert (found.followers, found.rank, found.factors(PHI)) == (4, 100, 228 * sum(n + k for n, k in PHI))
     assert spread(found.rank, found.ranks.values(), " to ") == "32 to 100"
     plain = given({5: 4, 6: 4}, {}, depth, PHI, 64)
-    assert (plain.rank, plain.ranks, plain.all_ranks) == (64, {}, 128)
+    assert (plain.rank, plain.ranks, plain.factors(PHI)) == (64, {}, 128 * sum(n + k for n, k in PHI))
     assert spread(plain.rank, plain.ranks.values(), "-") == "64"
     assert given({5: 4}, {5: 32}, depth, PHI, 5000).rank == 32, "a rank that nobody has is not checked"
     with pytest.raises(CompressionError, match="the rank of block 11, in the group of block 10, is 5000, and a shared"):

@@ -90,6 +90,30 @@ def test_without_a_follower_there_is_no_picture() -> None:
     assert sharing_picture(Sharing(8, {})) is None
 
 
+def test_blocks_that_are_left_out_have_a_form_of_their_own_and_no_arc() -> None:
+    picture = sharing_picture(Sharing(8, {3: 2}, frozenset({0, 7}), 0.12, left_out=frozenset({4, 6})))
+    assert picture is not None
+    assert inside(picture)
+    assert picture.title == "1 of 8 blocks uses another's weights; 2 are left out; 12.0 % fewer parameters"
+    assert len(shapes(picture, "path", "curve")) == 1
+    assert [hover(one) for one in shapes(picture, "rect", "absent") if hover(one)] == [
+        "block 4: left out",
+        "block 6: left out",
+    ]
+    assert "× left out: does nothing (2)" in words(picture)
+    assert picture.rows[4] == (4, "left out", "–", "–")
+    alone = sharing_picture(Sharing(4, {}, left_out=frozenset({1})))
+    assert alone is not None
+    assert alone.title.startswith("0 of 4 blocks use another's weights; 1 is left out")
+
+
+def test_a_candidate_without_an_anchor_would_be_left_out() -> None:
+    picture = candidates_picture([Round({1: Candidate(None, 0.5), 3: Candidate(None, 0.1)}, frozenset({3}))], 4)
+    assert picture is not None
+    assert "block 3 left out: KL divergence 0.1000 · picked" in {hover(one) for one in shapes(picture, "rect")}
+    assert picture.rows[0] == (1, 1, "left out", "0.5000", "")
+
+
 ROUNDS = [
     Round({1: Candidate(0, 0.58), 3: Candidate(2, 0.006), 6: Candidate(5, 0.0008)}, frozenset({6, 3})),
     Round({1: Candidate(0, math.nan), 4: Candidate(2, 0.025)}, frozenset({4})),
