@@ -10,7 +10,7 @@ from typing import Any
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
-from dashboard.formats import byte_words, fixed, percent_words, range_words, whole
+from dashboard.formats import byte_words, percent_words, range_words, significant, whole
 from dashboard.lifecycle import StepState
 from dashboard.models import Artifact, Step
 from dashboard.pictures import Candidate, Rank, Round, Sharing
@@ -211,4 +211,4 @@ def _scaled(scales: Sequence[float]) -> str:
     return _(
         "Anchors are scaled: half of the shared matrices use their anchor's weight at %(middle)s or less, the most at "
         "%(largest)s. Near 0 an anchor gives its follower almost nothing, and the difference is all that is left."
-    ) % {"middle": fixed(statistics.median(sizes), 2), "largest": fixed(sizes[-1], 2)}
+    ) % {"middle": significant(statistics.median(sizes), 2), "largest": significant(sizes[-1], 2)}

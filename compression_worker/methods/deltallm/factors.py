@@ -49,7 +49,7 @@ class Starts:
 
     def _one(self, follower: SharedMatrix, anchor: SharedMatrix, rank: int) -> Pieces:
         rank = own_rank(*follower.sides, rank)
-        if not rank:  # left out
+        if not rank and self._config.share_form == SCALED:  # left out
             return torch.zeros((0, follower.sides[1])), torch.zeros((follower.sides[0], 0)), torch.zeros(1)
         seed = int(sha256(f"{self._seed} {follower.name} {anchor.name}".encode())[:15], 16)
         if self._config.start == "zero":

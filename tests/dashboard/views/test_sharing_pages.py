@@ -172,10 +172,45 @@ def test_ranks_of_groups_are_named_from_the_lowest_to_the_highest(shared: Artifa
     assert sharing_words(shared) == "3 followers, rank 64"
 
 
+def test_what_is_left_out_is_told_apart_and_its_time_is_saved(shared: Artifact, client: Client) -> None:
+    told = shared.figures["sharing"]
+    told |= {"groups": {"0": [1], "2": [3, 4], "5": [6]}, "left_out": [1]}
+    told["operations"] = {"before": 626_688, "after": 540_512}
+    shared.figures["matrices"] = [
+        line | {"coding": "left out", "bytes": 2} if line["name"] == "model.layers.1.mlp.up_proj.weight" else line
+        for line in shared.figures["matrices"]
+    ]
+    shared.save()
+    assert sharing_words(shared) == "3 followers, rank 4, 1 block left out"
+    found = sharing_of(shared)
+    assert found is not None
+    assert (found.groups, found.left_out) == ({3: 2, 4: 2, 6: 5}, {1})
+    shown = page(client, "artifact-detail", shared.pk)
+    assert "3 of 8 blocks use another's weights; 1 is left out; 20.1 % fewer parameters" in shown
+    assert (
+        "products with weights take 540,512 operations for each token, where they took 626,688 (13.8 % fewer)" in shown
+    )
+    assert "neither arithmetic nor time" not in shown
+    assert "which is 122 kB less in the store" in shown, "what was left out would have weighed 32,000 bytes more"
+    told["groups"], told["left_out"], told["rank"] = {"0": [1, 3]}, [1, 3], 0
+    assert sharing_words(shared) == "2 blocks left out"
+
+
+def test_a_running_job_shows_what_it_leaves_out(running: Job) -> None:
+    step = make_choice(running, index=0, rounds=1)
+    step.data |= {"groups": {"4": 0, "6": 0}, "left_out": [4, 6]}
+    step.data["rounds"] = [{"kl": {"4": [None, 0.01], "5": [None, 0.2], "6": [None, 0.02]}, "chosen": [4, 6]}]
+    step.save()
+    sharing = sharing_so_far(job_steps(running))
+    assert sharing is not None
+    assert (sharing.groups, sharing.left_out) == ({}, {4, 6})
+    assert {one.anchor for round_ in rounds_so_far(job_steps(running)) for one in round_.found.values()} == {None}
+
+
 def test_what_anchors_still_give_is_said(shared: Artifact) -> None:
     assert len(savings(shared)) == 2
     shared.figures["sharing"]["scales"] = {"a": -0.02, "b": 0.31, "c": 0.004}
-    assert "at 0.02 or less, the most at 0.31" in savings(shared)[2]
+    assert "at 0.020 or less, the most at 0.31" in savings(shared)[2]
     assert sharing_words(shared).startswith("3 followers, rank 4, scaled anchors")
 
 
