@@ -159,7 +159,7 @@ def _legend(sharing: Sharing, strip: Strip) -> tuple[list[object], float]:
     entries = [
         ("anchor", anchors, _("anchor: others use its weights")),
         ("follower", followers, _("follower: keeps a difference only")),
-        ("absent", len(sharing.left_out), _("× left out: does nothing")),
+        ("absent", len(sharing.left_out), _("× left out: keeps nothing")),
         ("guard", protected, _("between bars: protected, never follows")),
         ("untouched", len(others), _("untouched")),
     ]

@@ -100,7 +100,7 @@ def test_blocks_that_are_left_out_have_a_form_of_their_own_and_no_arc() -> None:
         "block 4: left out",
         "block 6: left out",
     ]
-    assert "× left out: does nothing (2)" in words(picture)
+    assert "× left out: keeps nothing (2)" in words(picture)
     assert picture.rows[4] == (4, "left out", "–", "–")
     alone = sharing_picture(Sharing(4, {}, left_out=frozenset({1})))
     assert alone is not None
