@@ -252,16 +252,19 @@ def budget(
 
 
 def _leaving_out(sides: Sequence[tuple[int, int]], parameters: int, most: int, target: float, beside: int) -> Budget:
-    """Fewer blocks left out than would reach the target alone, and followers with differences for what is missing.
+    """As many blocks left out as the target has room for, and one follower with a difference for what is missing.
 
-    So that little more than that goes, their rank may be higher than what saves anything in the smallest matrices,
-    which have the highest that does.
+    Where even a difference of rank 1 is too large for that, one block more is left out. So that little more goes than
+    is asked for, the rank may be higher than what saves anything in the smallest matrices, which have the highest that
+    does.
     """
     wanted, whole = target * parameters, saving(sides, 0) - beside
-    gone = math.ceil(wanted / whole) - 1
+    gone = math.floor(wanted / whole)
     missing = wanted - gone * whole
-    sharing = math.ceil(missing / (saving(sides, 1) - beside))
-    if gone + sharing > most:
+    if missing > saving(sides, 1) - beside:
+        gone, missing = gone + 1, 0.0
+    followers = gone + (missing > 0)
+    if followers > most:
         raise CompressionError(
             "target_out_of_reach",
             f"target_reduction is {target:g}, and the {most} blocks that may be left out have "
@@ -269,7 +272,8 @@ def _leaving_out(sides: Sequence[tuple[int, int]], parameters: int, most: int, t
             "protect fewer blocks",
         )
     most_rank = max(highest_rank([pair]) for pair in sides)
-    return Budget(gone + sharing, _rank_that_saves(sides, missing / sharing + beside, most_rank), left_out=gone)
+    rank = _rank_that_saves(sides, missing + beside, most_rank) if missing else 0
+    return Budget(followers, rank, left_out=gone)
 
 
 def _rank_that_saves(sides: Sequence[tuple[int, int]], wanted: float, most: int) -> int:

@@ -68,10 +68,22 @@ def test_what_is_left_out_falls_short_of_the_target_and_differences_meet_it(targ
     whole, wanted = saving(SIDES, 0) - 3, target * PARAMETERS
     sharing = found.followers - found.left_out
     assert found.left_out == math.floor(wanted / whole)
-    assert 1 <= sharing <= 2
+    assert sharing == 1
     saved = found.left_out * whole + sharing * (saving(SIDES, found.rank) - 3)
     assert wanted <= saved <= wanted + sharing * (saving(SIDES, 0) - saving(SIDES, 1))
     assert found.factors(SIDES) == sharing * (saving(SIDES, 0) - saving(SIDES, found.rank))
+
+
+def test_where_no_difference_fits_one_block_more_is_left_out() -> None:
+    whole = saving(SIDES, 0) - 3
+    for target, left_out, followers in (
+        (2 * whole / PARAMETERS, 2, 2),
+        ((2 * whole - 10) / PARAMETERS, 2, 2),
+        ((2 * whole - 100_000) / PARAMETERS, 1, 2),
+    ):
+        found = budget(SIDES, PARAMETERS, DEPTH, target=target, followers=None, rank=4, beside=3, leaves_out=True)
+        assert (found.left_out, found.followers) == (left_out, followers)
+        assert (found.rank > 0) is (followers > left_out)
 
 
 def test_small_matrices_keep_the_highest_rank_that_saves_anything() -> None:
