@@ -30,7 +30,7 @@ setup: .venv/installed ## Make the virtual environment and install what requirem
 run: setup ## Start everything on this machine; Ctrl-C stops it (data in .deltaworks, or in $DELTAWORKS_HOME)
 	@exec $(BIN)/python -m deploy.local
 
-test: setup browser brokers ## Run all tests, the browser's and the short storms included (about 20 minutes)
+test: setup browser brokers ## Run all tests, the browser's and the short storms included (about 25 minutes)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 check: setup ## Formatting, lint, types, import contracts
