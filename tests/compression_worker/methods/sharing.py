@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from compression_worker.artifact import Artifact
 from compression_worker.checkpoints import Checkpoint, attach_folder
@@ -93,6 +94,14 @@ def logits(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(tokens, use_cache=False).logits
     return found
+
+
+def operations(model: Any) -> int:
+    """Multiplications and additions of products with weights, for each of :data:`TOKENS`, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        logits(model)
+    counts = counter.get_flop_counts()["Global"].items()
+    return sum(flops for one, flops in counts if str(one) in ("aten.mm", "aten.addmm")) // TOKENS.numel()
 
 
 def starts(student: Student, block: int, anchor: int, rank: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
 
 from compression_worker import artifact as artifacts
 from compression_worker.artifact import Artifact
@@ -32,10 +31,10 @@ from tests.compression_worker.methods.sharing import (
     LEARNING,
     QUANTIZED,
     QUICK,
-    TOKENS,
     Job,
     Made,
     logits,
+    operations,
     six_layers,
     starts,
 )
@@ -215,16 +214,10 @@ def test_restored_it_is_a_plain_model_that_answers_alike(made: Made, tmp_path: P
 
 def test_sharing_saves_no_arithmetic_and_says_so(made: Made) -> None:
     said = made.sharing["operations"]
-    counted = {}
-    for name, model in (
-        ("before", load_folder(made.job.model, dtype=torch.float32)),
-        ("after", load_model(None, made.artifact, "cpu", torch.float32)),
-    ):
-        with FlopCounterMode(display=False) as counter:
-            logits(model)
-        per_operation = counter.get_flop_counts()["Global"]
-        counted[name] = sum(flops for one, flops in per_operation.items() if str(one) in ("aten.mm", "aten.addmm"))
-    assert said == {name: flops // TOKENS.numel() for name, flops in counted.items()}
+    assert said == {
+        "before": operations(load_folder(made.job.model, dtype=torch.float32)),
+        "after": operations(load_model(None, made.artifact, "cpu", torch.float32)),
+    }
     assert said["after"] > said["before"]
 
 
@@ -234,11 +227,8 @@ def test_a_tied_head_stays_tied(tied: bool, tmp_path: Path) -> None:
     made = job.run(groups="1:2")
     model: Any = load_model(None, made.artifact)
     assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) is tied
-    with FlopCounterMode(display=False) as counter:
-        logits(load_model(None, made.artifact, "cpu", torch.float32))
-    flops = counter.get_flop_counts()["Global"]
-    products = sum(count for one, count in flops.items() if str(one) in ("aten.mm", "aten.addmm"))
-    assert made.sharing["operations"]["after"] == products // TOKENS.numel()
+    counted = operations(load_model(None, made.artifact, "cpu", torch.float32))
+    assert made.sharing["operations"]["after"] == counted
 
 
 def test_a_sweep_of_the_rank_measures_what_a_job_of_that_rank_would_begin_with(job: Job) -> None:
