@@ -55,8 +55,8 @@ def main() -> int:
     told("dense form", dense / 1e6, f"MB {what}")
     told("shared form", shared / 1e6, f"MB {what}, {100 * reduction:.2f} % fewer parameters")
     if args.device == "cuda":
-        speeds = (args.tokens / found[form]["seconds"] for form in FORMS)
-        told("shared form's tokens per second over the dense form's", next(speeds) / next(speeds), f"times, {what}")
+        ratio = found["dense"]["seconds"] / found["shared"]["seconds"]
+        told("shared form's tokens per second over the dense form's", ratio, f"times, {what}")
     return int(not told("shared / dense", shared / dense, f"of the memory {what}", 1 - SHARE * reduction))
 
 
@@ -111,7 +111,7 @@ def _written(model: Any, tokens: int) -> float:
     prompt = torch.ones((1, 8), dtype=torch.int64, device=model.device)
     started = time.monotonic()
     answer = model.generate(prompt, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
-    assert int(answer[0, -1]) >= 0  # read, so that a GPU has ended
+    int(answer[0, -1])  # read, so that a GPU has ended
     return time.monotonic() - started
 
 

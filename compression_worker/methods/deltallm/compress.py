@@ -25,9 +25,10 @@ from compression_worker.methods.deltallm import figures, layout
 from compression_worker.methods.deltallm.choosing import pair_file, read_factors
 from compression_worker.methods.deltallm.config import SIGN, DeltaLLMConfig
 from compression_worker.methods.deltallm.differences import Pieces
-from compression_worker.methods.deltallm.groups import Budget, Depth, Round, budget, given, spread
-from compression_worker.methods.deltallm.matrices import Shareable, shareable, unshared
+from compression_worker.methods.deltallm.groups import Budget, Depth, Round, spread
+from compression_worker.methods.deltallm.matrices import shareable, unshared
 from compression_worker.methods.deltallm.merge import load_model, load_packed, open_merged
+from compression_worker.methods.deltallm.sizing import depth_of, size_of
 from compression_worker.methods.deltallm.sources import base_input
 from compression_worker.methods.deltallm.stored import Deltas, base_files, raw_file, raw_parts
 from compression_worker.methods.deltallm.training import STATE_FILE
@@ -51,13 +52,8 @@ def plan_step(context: StepContext) -> StepOutput:
     checkpoint = opened(context, "variant")
     architecture = checked_source(checkpoint)
     layers = shareable(checkpoint.manifest["config"], architecture, config.kinds)
-    depth = Depth(
-        blocks=len(layers.blocks),
-        alike=layers.alike,
-        protect_first=config.protect_first,
-        protect_last=config.protect_last,
-    )
-    size = _budget(config, depth, layers, checkpoint.manifest["parameters"])
+    depth = depth_of(config, len(layers.blocks), layers.alike)
+    size = size_of(config, depth, layers.sides, checkpoint.manifest["parameters"])
     context.log(f"{_words(config, size)} of {depth.blocks} blocks", "info")
     beneath = planned(context, config.base_method, config.base_config()).steps if config.quantizes else ()
     plan = _Plan(context, config, depth, size, beneath)
@@ -86,23 +82,6 @@ def parse_config(value: Json) -> DeltaLLMConfig:
             "bad_setting", f"DeltaLLM has no setting '{unknown[0]}'; known: {', '.join(sorted(known))}"
         )
     return DeltaLLMConfig(**value)
-
-
-def _budget(config: DeltaLLMConfig, depth: Depth, layers: Shareable, parameters: int) -> Budget:
-    """How many blocks follow and at what rank; given by hand, or as the target takes."""
-    rank = 0 if config.share_form == SIGN else config.rank
-    if by_hand := config.by_hand:
-        return given(by_hand, config.own_ranks, depth, layers.sides, rank)
-    return budget(
-        layers.sides,
-        parameters,
-        depth,
-        target=config.target_reduction,
-        followers=config.followers,
-        rank=rank,
-        beside=config.scales_of(len(layers.sides)),
-        leaves_out=config.drops,
-    )
 
 
 class _Plan:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from compression_worker.catalog import METHODS
 from compression_worker.contracts import CompressionError, Json
 from compression_worker.methods.deltallm.config import ITEM_BYTES, SIGN, DeltaLLMConfig, sign_bytes
-from compression_worker.methods.deltallm.groups import Budget, Depth, budget, given, saving
+from compression_worker.methods.deltallm.groups import Budget, Depth, saving
+from compression_worker.methods.deltallm.sizing import depth_of, size_of
 from compression_worker.preflight import (
     FLOAT,
     PROCESS_BYTES,
@@ -106,27 +107,9 @@ def planned(config: DeltaLLMConfig, model: Model, shapes: Shapes | None) -> Plan
     if shapes is None:
         return None
     sides = tuple(_sides(config, shapes))
-    depth = Depth(
-        blocks=shapes.layers,
-        alike=tuple(range(shapes.layers)),
-        protect_first=config.protect_first,
-        protect_last=config.protect_last,
-    )
-    rank = 0 if config.share_form == SIGN else config.rank
+    depth = depth_of(config, shapes.layers, range(shapes.layers))
     try:
-        if config.by_hand:
-            size = given(config.by_hand, config.own_ranks, depth, sides, rank)
-        else:
-            size = budget(
-                sides,
-                model.parameters,
-                depth,
-                target=config.target_reduction,
-                followers=config.followers,
-                rank=rank,
-                beside=config.scales_of(len(sides)),
-                leaves_out=config.drops,
-            )
+        size = size_of(config, depth, sides, model.parameters)
     except CompressionError:
         return None
     return Plan(size, depth, sides, config.scales_of(len(sides)), config.share_form == SIGN)

@@ -135,12 +135,17 @@ def _groups(groups: Mapping[str, int]) -> Json:
 def _matrix(name: str, entry: Json, size: int, errors: Mapping[str, float], theirs: Mapping[str, Json]) -> Json:
     """A shared weight by what it is made of, another as the packed base says, or as it was."""
     if entry["kind"] == "shared":
-        coding = "signs" if entry["form"] == SIGN else f"rank {entry['rank']}" if entry["rank"] else "left out"
-        coding += f" on '{entry['anchor']}'" if coding != "left out" else ""
-        return {"name": name, "coding": coding, "bytes": size, "relative_error": errors[name]}
+        return {"name": name, "coding": _coding(entry), "bytes": size, "relative_error": errors[name]}
     if name in errors:
         return {"name": name, "coding": "whole, tuned", "bytes": size, "relative_error": errors[name]}
     return dict(theirs.get(name) or {"name": name, "coding": "whole", "bytes": size, "relative_error": 0.0})
+
+
+def _coding(entry: Json) -> str:
+    """How a shared weight is made, in words that pages read."""
+    if entry["form"] == SIGN:
+        return f"signs on '{entry['anchor']}'"
+    return f"rank {entry['rank']} on '{entry['anchor']}'" if entry["rank"] else "left out"
 
 
 def _stored(entry: Json, weigh: Weigh) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import sys
 import time
@@ -122,9 +123,8 @@ class Sharing(Contest[Line]):
             if self.args.at_once > 1 and some:
                 with ThreadPoolExecutor(self.args.at_once) as pool:
                     for made in [pool.submit(self._made, row, reduction) for row in some]:
-                        if isinstance(made.exception(), making.Refused):
-                            continue  # told when its turn in the table comes
-                        made.result()
+                        with contextlib.suppress(making.Refused):  # told when its turn in the table comes
+                            made.result()
 
     def _made(self, row: SharingRow, reduction: float) -> Artifact:
         args = self.args
